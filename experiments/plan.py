@@ -1,0 +1,96 @@
+"""What a sweep consists of, without touching model or data: `python -m experiments.plan experiment=glue scale=paper`."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments.config import RunConfig, compose_raw, load_config, one_line_errors
+from lora_ga.errors import SetupError
+from lora_ga.records import read_record
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of a sweep: the overrides that make it, and the settings they give."""
+
+    overrides: tuple[str, ...]
+    config: RunConfig
+
+    @property
+    def record(self) -> Path:
+        """Where its record will be."""
+        run = self.config
+        return run.records_folder / f"{run.task.name}-{run.method_name}-seed{run.seed}-{run.run_id}.json"
+
+    @property
+    def label(self) -> str:
+        run = self.config
+        return f"{run.task.name} {run.method_name} lr={run.train.learning_rate:g} seed={run.seed}"
+
+    @property
+    def state(self) -> str:
+        """"pending", or what its record says: finished, failed, diverged; a damaged record counts as pending."""
+        try:
+            return read_record(self.record).status if self.record.exists() else "pending"
+        except ValueError:
+            return "pending"
+
+
+def _rates(name: str, settings: Mapping[str, Any]) -> Sequence[float]:
+    if set(settings) - {"learning_rate", "overrides"} or "learning_rate" not in settings:
+        raise SetupError(f"experiment method {name}: give learning_rate: [..] and, if need be, overrides: [..]")
+    return settings["learning_rate"]
+
+
+def expand(overrides: Sequence[str]) -> list[PlannedRun]:
+    """The runs of conf/sweep.yaml with `overrides`, seeds outermost, so that one whole table is there first."""
+    sweep = compose_raw(overrides, "sweep")
+    scale, name = sweep["scale"]["name"], sweep["experiment"]["name"]
+    if scale not in sweep["experiment"]:
+        raise SetupError(f"experiment={name} has no scale={scale}: its file conf/experiment/{name}.yaml says which")
+    table = sweep["experiment"][scale]
+    seeds = range(sweep["seeds"] or table["seeds"])
+    runs = []
+    for seed, task, (method, settings) in itertools.product(seeds, table["tasks"], table["methods"].items()):
+        for rate in _rates(method, settings):
+            chosen = (
+                f"scale={scale}",
+                *table["overrides"],
+                f"task={task}",
+                f"method={method}",
+                f"train.learning_rate={rate}",
+                f"seed={seed}",
+                f"experiment_name={name}",
+                f"records={sweep['records']}",
+                f"outputs={sweep['outputs']}",
+                *settings.get("overrides", ()),
+                *sweep["overrides"],
+            )
+            # A group has to be chosen before a key inside it is set: task.sizes.train=.. must follow task=..
+            ordered = tuple(sorted(chosen, key=lambda override: "." in override.partition("=")[0]))
+            runs.append(PlannedRun(ordered, load_config(ordered)))
+    return runs
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Print one line a run, then their number."""
+    with one_line_errors():
+        runs = expand(arguments)
+        print(f"{'task':<15}{'method':<20}{'model':<14}{'protocol':<10}{'lr':>9}{'seed':>6}  {'run id':<14}state")
+        for run in runs:
+            c = run.config
+            print(
+                f"{c.task.name:<15}{c.method_name:<20}{c.model.name:<14}{c.protocol.name:<10}"
+                f"{c.train.learning_rate:>9g}{c.seed:>6}  {c.run_id:<14}{run.state}"
+            )
+        finished = sum(run.state == "finished" for run in runs)
+        print(f"{len(runs)} runs, {finished} finished")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

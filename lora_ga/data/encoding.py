@@ -1,0 +1,175 @@
+"""Rows to token ids and batches, for causal models (loss on the target only) and for T5 (labels masked at padding).
+
+Causal text is prompt + " " + target + eos, as in LoRA-GA's, LoRA-Pro's and LoRA-One's data.py. Ids are cached under a
+hash of every text, the tokenizer and the length limit. Differs in: T5 labels are masked at padding, where LoRA-GA's
+SeqToSeqEncode lets pad tokens count in the loss by default.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.utils.data import Dataset, Sampler
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from lora_ga.cache import cache_folder
+from lora_ga.records import content_hash
+
+Architecture = Literal["causal", "seq2seq"]
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class EncodedRow:
+    """Token ids of one row; the target ends with eos."""
+
+    prompt: list[int]
+    target: list[int]
+
+
+class EncodedRows(Dataset):
+    """Encoded rows as a torch dataset."""
+
+    def __init__(self, rows: Sequence[EncodedRow]) -> None:
+        self.rows = list(rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> EncodedRow:
+        return self.rows[index]
+
+    def lengths(self) -> list[int]:
+        """Tokens of each row, prompt and target."""
+        return [len(row.prompt) + len(row.target) for row in self.rows]
+
+
+def encode_row(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, target: str, architecture: Architecture, max_length: int
+) -> EncodedRow:
+    """Encode one row; a prompt that is too long loses its end, the target is kept.
+
+    The causal target is what prompt + " " + target has beyond the prompt's own tokens, so that a tokenizer that marks
+    word starts sees the text a reader would.
+    """
+    eos = tokenizer.eos_token_id
+    if architecture == "seq2seq":
+        source = tokenizer(prompt, add_special_tokens=False)["input_ids"][: max_length - 1]
+        return EncodedRow([*source, eos], [*tokenizer(target, add_special_tokens=False)["input_ids"], eos])
+    alone = tokenizer(prompt)["input_ids"]
+    whole = tokenizer(f"{prompt} {target}")["input_ids"]
+    shared = next((i for i, (a, b) in enumerate(zip(alone, whole, strict=False)) if a != b), len(alone))
+    answer = [*whole[shared:], eos]
+    return EncodedRow(whole[:shared][: max(1, max_length - len(answer))], answer)
+
+
+def encode_rows(
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[tuple[str, str]],
+    architecture: Architecture,
+    max_length: int,
+    *,
+    cache: bool = True,
+) -> list[EncodedRow]:
+    """Encode (prompt, target) rows, from the cache if these texts were encoded with this tokenizer before."""
+    key = content_hash([list(rows), architecture, max_length, tokenizer.get_vocab(), tokenizer.eos_token_id], 24)
+    path = cache_folder("tokens", f"{key}.safetensors")
+    if cache and path.exists():
+        stored = load_file(path)
+        ids, lengths = stored["ids"].tolist(), stored["lengths"].tolist()
+        encoded, start = [], 0
+        for prompt, target in lengths:
+            encoded.append(EncodedRow(ids[start : start + prompt], ids[start + prompt : start + prompt + target]))
+            start += prompt + target
+        return encoded
+    bar = tqdm(rows, desc="tokenise", unit="row", leave=False, disable=len(rows) < 5000)
+    encoded = [encode_row(tokenizer, prompt, target, architecture, max_length) for prompt, target in bar]
+    if cache:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        flat = [token for row in encoded for token in (*row.prompt, *row.target)]
+        save_file(
+            {
+                "ids": torch.tensor(flat, dtype=torch.int32),
+                "lengths": torch.tensor([[len(row.prompt), len(row.target)] for row in encoded], dtype=torch.int32),
+            },
+            temporary,
+        )
+        temporary.replace(path)
+    return encoded
+
+
+def _pad(sequences: Sequence[Sequence[int]], value: int) -> torch.Tensor:
+    width = max(len(sequence) for sequence in sequences)
+    return torch.tensor([[*sequence, *[value] * (width - len(sequence))] for sequence in sequences])  # (batch, width)
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Rows to a batch padded on the right to its longest row.
+
+    The batch has input_ids, attention_mask (batch, length), for T5 decoder_input_ids too, and labels: the next token at
+    each position of the output (already shifted), IGNORED where none is scored.
+    """
+
+    architecture: Architecture
+    pad_token_id: int
+    decoder_start_token_id: int | None = None
+
+    def __call__(self, rows: Sequence[EncodedRow]) -> dict[str, torch.Tensor]:
+        if self.architecture == "seq2seq":
+            inputs = [row.prompt for row in rows]
+            labels = [row.target for row in rows]
+            start = self.decoder_start_token_id
+            extra = {"decoder_input_ids": _pad([[start, *row.target[:-1]] for row in rows], self.pad_token_id)}  # type: ignore[list-item]
+        else:
+            # The last token is only ever a label, so it need not be read.
+            inputs = [[*row.prompt, *row.target[:-1]] for row in rows]
+            labels = [[*[IGNORED] * (len(row.prompt) - 1), *row.target] for row in rows]
+            extra = {}
+        return {
+            "input_ids": _pad(inputs, self.pad_token_id),
+            "attention_mask": _pad([[1] * len(row) for row in inputs], 0),
+            "labels": _pad(labels, IGNORED),
+            **extra,
+        }
+
+
+class LengthBucketSampler(Sampler[int]):
+    """Every row once an epoch, rows of like length together, batches in random order.
+
+    Shuffled rows are sorted by length within chunks of `chunk` batches, then whole batches are shuffled: transformers'
+    own sampler leaves each chunk running from long to short, a curriculum nobody asked for.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, chunk: int = 50) -> None:
+        self.lengths, self.batch_size, self.seed, self.chunk = list(lengths), batch_size, seed, chunk
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Another order for another epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        span = self.batch_size * self.chunk
+        ordered = [
+            index
+            for start in range(0, len(order), span)
+            for index in sorted(order[start : start + span], key=lambda i: self.lengths[i])
+        ]
+        batches = [ordered[i : i + self.batch_size] for i in range(0, len(ordered), self.batch_size)]
+        last = batches.pop() if len(batches[-1]) < self.batch_size else []
+        for position in torch.randperm(len(batches), generator=generator).tolist():
+            yield from batches[position]
+        yield from last

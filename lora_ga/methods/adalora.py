@@ -1,0 +1,86 @@
+"""AdaLoRA: adapters in SVD form whose ranks are cut during training.
+
+AdaLoRA (arXiv 2303.10512). Adapters, importance and schedule are PEFT's; what is ours is that the schedule is really
+called after every optimizer step (transformers' Trainer does not) and the orthogonality penalty joins the loss.
+LoRA-GA's baseline: PEFT's defaults with target_r 8, init_r 12 (hyperparameters of Outsider565/LoRA-GA conf/peft).
+Differs in: tinit and tfinal are fractions of the run, since PEFT's default of 0 cuts from the first step on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from peft import AdaLoraConfig, PeftModel
+from torch import nn
+
+from lora_ga.adapters import attach_lora
+from lora_ga.errors import SetupError
+from lora_ga.methods.base import Setup
+from lora_ga.methods.lora import Lora
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaLora(Lora):
+    """Adapters of rank `init_r` cut to `r` on average between `tinit` and the last `tfinal` of the run."""
+
+    init_r: int = 12  # PEFT's default, LoRA-GA's baseline
+    tinit: float = 0.1
+    tfinal: float = 0.3
+    deltaT: int = 1
+    beta1: float = 0.85
+    beta2: float = 0.85
+    orth_reg_weight: float = 0.5
+
+    @property
+    def smallest_side(self) -> int:
+        return self.init_r
+
+    def check(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+        super().check(shapes)
+        if self.use_dora or self.use_rslora:
+            raise SetupError("AdaLoRA has its own scaling: set method.use_dora=false and method.use_rslora=false")
+        if self.init_r <= self.r:
+            raise SetupError(f"AdaLoRA cuts ranks: method.init_r={self.init_r} must exceed method.r={self.r}")
+        if not 0 <= self.tinit + self.tfinal < 1:
+            raise SetupError(f"method.tinit + method.tfinal = {self.tinit + self.tfinal} leaves no steps to cut ranks in")
+
+    def peft_config(self, setup: Setup) -> AdaLoraConfig:
+        tinit, tfinal = int(self.tinit * setup.total_steps), int(self.tfinal * setup.total_steps)
+        return AdaLoraConfig(
+            init_r=self.init_r,
+            target_r=self.r,
+            lora_alpha=self.lora_alpha,  # type: ignore[arg-type]  # as in Lora
+            lora_dropout=self.lora_dropout,
+            tinit=tinit,
+            tfinal=tfinal,
+            deltaT=self.deltaT,
+            beta1=self.beta1,
+            beta2=self.beta2,
+            orth_reg_weight=self.orth_reg_weight,
+            total_step=setup.total_steps,
+            target_modules=list(setup.target_modules),
+        )
+
+    def prepare(self, model: nn.Module, setup: Setup) -> nn.Module:
+        return attach_lora(model, self.peft_config(setup), setup.seed)
+
+    def penalty(self, model: nn.Module) -> torch.Tensor:
+        """orth_reg_weight times the mean over factors of ||P P^T - I||_F, as PEFT's forward adds it to a loss."""
+        terms = []
+        for name, factor in model.named_parameters():
+            if "lora_A" in name or "lora_B" in name:
+                gram = factor @ factor.T if "lora_A" in name else factor.T @ factor  # (r, r)
+                terms.append(torch.linalg.matrix_norm(gram - torch.eye(len(gram), device=gram.device)))
+        return self.orth_reg_weight * torch.stack(terms).mean()
+
+    def after_step(self, model: nn.Module, step: int) -> None:
+        if not isinstance(model, PeftModel):
+            raise TypeError(f"AdaLoRA steps a PEFT model, not {type(model).__name__}")
+        model.base_model.update_and_allocate(step)
+
+
+def ranks_in_use(model: nn.Module) -> int:
+    """Total number of singular values that are not masked to zero, over all adapted layers."""
+    return sum(int((p != 0).sum()) for name, p in model.named_parameters() if "lora_E" in name)

@@ -1,0 +1,36 @@
+"""Truncated singular value decompositions for the starts, exact or randomised (torch.svd_lowrank).
+
+LoRA-GA's code uses q = 4r and 4 power iterations, LoRA-One's q = 512 and 16 whatever the rank. Differs in: q is
+clipped to the matrix, so small models work, and the random test matrix has a seed of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class TruncatedSVD:
+    """How to decompose: `oversampling` columns per wanted one and `niter` power iterations; 0 columns means exact."""
+
+    oversampling: int = 2
+    niter: int = 4
+    seed: int = 0
+
+    def __call__(self, matrix: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Leading k singular triplets of (d_out, d_in): U (d_out, k), S (k,), Vh (k, d_in), at least float32."""
+        matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+        q = min(self.oversampling * k, *matrix.shape)
+        if self.oversampling == 0 or q == min(matrix.shape):
+            U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+        else:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.seed)
+                U, S, V = torch.svd_lowrank(matrix, q=q, niter=self.niter)
+            Vh = V.mH
+        return U[:, :k], S[:k], Vh[:k]
+
+
+EXACT = TruncatedSVD(oversampling=0)

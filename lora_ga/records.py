@@ -1,0 +1,115 @@
+"""The record: the one JSON file a run leaves, source of truth for every table and plot."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+SCHEMA_VERSION = 1
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "hydra-core", "numpy")
+
+
+@dataclass
+class RunRecord:
+    """What one run was, on what, and what came out of it.
+
+    `status` is "finished", "failed" (see `error`) or "diverged" (a loss was not finite).
+    `metrics` maps a name to {"value": float, "n": rows it was computed on}.
+    `loss_curve` rows hold step, loss (mean per target token), learning_rate, grad_norm, tokens and seconds so far.
+    `cost` holds seconds (init, train, eval, total), peak_memory_mb, trainable_parameters, optimizer_state_mb.
+    """
+
+    run_id: str
+    experiment: str
+    scale: str
+    model: str
+    task: str
+    protocol: str
+    protocol_hash: str
+    method: str
+    seed: int
+    learning_rate: float
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    status: str = "failed"
+    error: str | None = None
+    data: dict[str, Any] = field(default_factory=dict)
+    step0: dict[str, Any] = field(default_factory=dict)
+    gradients: dict[str, Any] = field(default_factory=dict)
+    adapters: dict[str, Any] = field(default_factory=dict)
+    loss_curve: list[dict[str, float]] = field(default_factory=list)
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    cost: dict[str, float] = field(default_factory=dict)
+    started_at: str = ""
+    finished_at: str = ""
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def file_name(self) -> str:
+        """Name of the record's file: readable, and unique to what was run."""
+        return f"{self.task}-{self.method}-seed{self.seed}-{self.run_id}.json"
+
+
+def content_hash(value: Any, length: int = 12) -> str:
+    """Hex sha256 of a JSON-able value, independent of key order."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+def write_atomic(path: Path, text: str) -> Path:
+    """Write text so that a reader, or a crash at any moment, sees the old file or the new one and never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    temporary.replace(path)
+    return path
+
+
+def write_record(record: RunRecord, path: Path) -> Path:
+    """Write the record atomically; a number that is not finite is refused (ValueError), as JSON has none."""
+    return write_atomic(path, json.dumps(dataclasses.asdict(record), indent=1, allow_nan=False) + "\n")
+
+
+def read_record(path: Path) -> RunRecord:
+    """Read one record; a damaged, foreign or older-schema file raises ValueError naming the path."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        if raw.get("schema_version") != SCHEMA_VERSION:
+            raise ValueError(f"schema version {raw.get('schema_version')}, this code reads {SCHEMA_VERSION}")
+        return RunRecord(**raw)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a run record ({error})") from error
+
+
+def capture_environment() -> dict[str, Any]:
+    """Versions, commit, dirty flag and hardware of this process."""
+    import torch
+
+    root = Path(__file__).resolve().parents[1]
+
+    def git(*arguments: str) -> str:
+        answer = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
+        return answer.stdout.strip()
+
+    return {
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "git_commit": git("rev-parse", "HEAD") or None,
+        "git_dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "platform": platform.platform(),
+    }
