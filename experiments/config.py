@@ -167,7 +167,7 @@ def _build_target(base: type[T], values: Mapping[str, Any], where: str) -> T:
     if not issubclass(kind, base):
         raise SetupError(f"{where}._target_={target} is not a {base.__name__}")
     if "steps" in settings:
-        settings["steps"] = _build_target(Steps, settings["steps"], f"{where}.steps")
+        settings["steps"] = _build_target(Steps, settings["steps"], f"{where}.steps")  # type: ignore[type-abstract]
     return _build(kind, settings, where)
 
 
@@ -216,7 +216,9 @@ def compose_raw(overrides: Sequence[str], name: str = "config") -> dict[str, Any
         return OmegaConf.to_container(composed, resolve=True)  # type: ignore[return-value]
     except (HydraException, OmegaConfBaseException) as error:
         text = " ".join(str(error).split())
-        raise SetupError(text.replace(" To append to your config use", " (no such key); Hydra suggests")[:300]) from error
+        raise SetupError(
+            text.replace(" To append to your config use", " (no such key); Hydra suggests")[:300]
+        ) from error
 
 
 def load_config(overrides: Sequence[str]) -> RunConfig:

@@ -1,4 +1,4 @@
-"""What a sweep consists of, without touching model or data: `python -m experiments.plan experiment=glue scale=paper`."""
+"""What a sweep consists of, with model and data untouched: `python -m experiments.plan experiment=glue scale=paper`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from experiments.config import RunConfig, compose_raw, load_config, one_line_errors
 from lora_ga.errors import SetupError
-from lora_ga.records import read_record
+from lora_ga.records import read_record, record_name
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class PlannedRun:
     def record(self) -> Path:
         """Where its record will be."""
         run = self.config
-        return run.records_folder / f"{run.task.name}-{run.method_name}-seed{run.seed}-{run.run_id}.json"
+        return run.records_folder / record_name(run.task.name, run.method_name, run.seed, run.run_id)
 
     @property
     def label(self) -> str:
@@ -34,7 +34,7 @@ class PlannedRun:
 
     @property
     def state(self) -> str:
-        """"pending", or what its record says: finished, failed, diverged; a damaged record counts as pending."""
+        """ "pending", or what its record says: finished, failed, diverged; a damaged record counts as pending."""
         try:
             return read_record(self.record).status if self.record.exists() else "pending"
         except ValueError:

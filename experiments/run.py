@@ -13,7 +13,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.config import CONF, RunConfig, load_config, one_line_errors, parse
-from experiments.stages import Gradients, Rows, begin_record, encoded_rows, finish, score, start_logits
+from experiments.stages import Gradients, Rows, at_start, begin_record, encoded_rows, finish, score
 from lora_ga.methods.base import Setup
 from lora_ga.models import load_model, target_shapes
 from lora_ga.records import RunRecord
@@ -27,20 +27,24 @@ def execute(config: RunConfig, record: RunRecord, rows: Rows) -> None:
     ids, collator, decoder_start = encoded_rows(config, loaded, rows)
     gradients = Gradients(config, loaded, ids, collator)
     probe = gradients.batches()[0]
-    before = start_logits(loaded.model, probe)
+    before, loss_before = at_start(config, loaded.model, probe)
 
     started = time.perf_counter()
-    steps = config.train.total_steps(len(ids))
-    setup = Setup(config.model.target_modules, gradients, config.seeds.adapter, steps)
+    setup = Setup(
+        target_modules=config.model.target_modules,
+        gradients=gradients,
+        seed=config.seeds.adapter,
+        total_steps=config.train.total_steps(len(ids)),
+        full_precision=config.train.autocast is None,
+    )
     model = config.method.prepare(loaded.model, setup)
     record.cost["init_seconds"] = time.perf_counter() - started
     record.gradients = gradients.report
-    record.step0 = check_start(config.method, before, start_logits(model, probe))
+    after, loss_after = at_start(config, model, probe)
+    record.step0 = {**check_start(config.method, before, after), "loss_before": loss_before, "loss_after": loss_after}
 
     output = config.outputs / config.run_id
-    result, moved = train(
-        model, ids, collator, config.method, config.train, output_dir=output, seed=config.seeds.data
-    )
+    result, moved = train(model, ids, collator, config.method, config.train, output_dir=output, seed=config.seeds.data)
     record.loss_curve, record.adapters = result.loss_curve, {**moved, **adapter_report(model)}
     record.cost |= {
         "train_seconds": result.seconds,

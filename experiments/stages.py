@@ -25,7 +25,7 @@ from lora_ga.data.tasks import Example, TaskData, load_task, render
 from lora_ga.gradients import cached_gradients, estimate_gradients
 from lora_ga.losses import mean_token_loss, scored_logits
 from lora_ga.models import Loaded
-from lora_ga.records import RunRecord, capture_environment, content_hash, write_record
+from lora_ga.records import RunRecord, capture_environment, content_hash, record_name, write_record
 from lora_ga.training import Diverged
 
 
@@ -106,7 +106,7 @@ class Gradients:
                 batches,
                 layers,
                 lambda model, batch: mean_token_loss(model, batch, config.train.autocast_dtype),
-                seed=0,  # of the dropout masks: the start must not depend on the run's seed, or the cache would be useless
+                seed=0,  # of the dropout masks: with the run's seed every run would estimate anew
                 dropout=settings.dropout,
             )
 
@@ -117,13 +117,14 @@ class Gradients:
 
 
 @torch.no_grad()
-def start_logits(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Float32 logits of the first gradient batch in eval mode without autocast: what the promise at step 0 is held to."""
+def at_start(config: RunConfig, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, float]:
+    """In eval mode: float32 logits without autocast, which the promise is held to, and the loss in training's dtype."""
     training = model.training
     model.eval()
     logits, _ = scored_logits(model, batch)
+    loss = float(mean_token_loss(model, batch, config.train.autocast_dtype))
     model.train(training)
-    return logits
+    return logits, loss
 
 
 def score(config: RunConfig, model: torch.nn.Module, tokenizer: Any, rows: Rows, start: int | None) -> dict[str, Any]:
@@ -160,7 +161,6 @@ def encoded_rows(config: RunConfig, loaded: Loaded, rows: Rows) -> tuple[Encoded
     return EncodedRows(ids), Collator(kind, loaded.tokenizer.pad_token_id, start), start
 
 
-
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
@@ -191,7 +191,7 @@ def finish(config: RunConfig, record: RunRecord) -> Iterator[Path]:
 
     An interrupted run (ctrl-C, SIGTERM) leaves no record, so that the next sweep starts it again.
     """
-    path = config.records_folder / record.file_name
+    path = config.records_folder / record_name(record.task, record.method, record.seed, record.run_id)
     with tracked(config, record):
         try:
             yield path

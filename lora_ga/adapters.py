@@ -1,9 +1,10 @@
 """PEFT adapters as matrices: attach them, walk over them, set where they start, hand them out.
 
 Symbols: lora_A (r, d_in), lora_B (d_out, r), forward W x + scaling * lora_B lora_A x (LoRA, arXiv 2106.09685).
-A start with a non-zero product (LoRA-GA, PiSSA) must not change the function: its product is taken off again. A
-float32 weight takes the subtraction itself; a bf16 or quantised weight would round it away, so there a second, frozen
-adapter with the product's negative runs along (LoRA-GA's README names that rounding as a known weakness).
+A start with a non-zero product (LoRA-GA, PiSSA) must not change the function: its product is taken off again. Where
+weights and arithmetic are float32 the weight takes the subtraction itself. In bf16 the shifted weight would round
+differently (LoRA-GA's README names that weakness; SmolLM2-135M, gamma 16, loss 5.66: 5.78 with the product folded into
+weights used under bf16 autocast, 5.67 this way), so there a second, frozen adapter with its negative runs along.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, LoraModel, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
@@ -25,6 +26,12 @@ TRAINED = "default"
 OFFSET = "offset"
 
 
+def _weight(factors: nn.ModuleDict, adapter: str) -> nn.Parameter:
+    factor = factors[adapter]
+    assert isinstance(factor, nn.Linear) and isinstance(factor.weight, nn.Parameter)
+    return factor.weight
+
+
 @dataclass(frozen=True)
 class Pair:
     """One adapted linear: `base` is the frozen nn.Linear under it, `name` its path in the untouched model."""
@@ -34,11 +41,11 @@ class Pair:
 
     @property
     def lora_A(self) -> nn.Parameter:
-        return self.layer.lora_A[TRAINED].weight  # (r, d_in)
+        return _weight(self.layer.lora_A, TRAINED)  # (r, d_in)
 
     @property
     def lora_B(self) -> nn.Parameter:
-        return self.layer.lora_B[TRAINED].weight  # (d_out, r)
+        return _weight(self.layer.lora_B, TRAINED)  # (d_out, r)
 
     @property
     def scaling(self) -> float:
@@ -46,7 +53,9 @@ class Pair:
 
     @property
     def base(self) -> nn.Linear:
-        return self.layer.get_base_layer()
+        base = self.layer.get_base_layer()
+        assert isinstance(base, nn.Linear)
+        return base
 
 
 def target_linears(model: nn.Module, target_modules: tuple[str, ...]) -> dict[str, nn.Linear]:
@@ -77,12 +86,12 @@ def attach_lora(model: nn.Module, config: LoraConfig, seed: int) -> PeftModel:
 
 
 def adapter_pairs(model: nn.Module) -> list[Pair]:
-    """Every adapted linear in model order; empty for a model without LoRA."""
+    """Every adapted linear in model order; none without LoRA, nor for AdaLoRA's factors, whose rank changes."""
     prefix = "base_model.model."
     return [
         Pair(name.removeprefix(prefix), module)
         for name, module in model.named_modules()
-        if isinstance(module, LoraLayer) and TRAINED in module.lora_A
+        if isinstance(module, LoraLayer) and isinstance(module.lora_A, nn.ModuleDict) and TRAINED in module.lora_A
     ]
 
 
@@ -93,22 +102,23 @@ def set_factors(pair: Pair, lora_A: torch.Tensor, lora_B: torch.Tensor) -> None:
     pair.lora_B.copy_(lora_B)
 
 
-def keep_function(model: PeftModel) -> None:
+def keep_function(model: PeftModel, *, full_precision: bool) -> None:
     """Take the adapters' present product off the base, so that the model computes what it did before.
 
-    The starting factors stay in the frozen adapter `offset` either way: `export_adapter` needs them. Where every
-    base weight is float32 the subtraction is folded into the weights and the offset is not computed; elsewhere the
-    offset is active and costs one more low-rank product a layer.
+    The starting factors stay in the frozen adapter `offset` either way: `export_adapter` needs them. With
+    `full_precision` (the forward pass computes in float32) and float32 weights the subtraction is folded into the
+    weights and the offset is not computed; elsewhere it is active and costs one more low-rank product a layer.
     """
     pairs = adapter_pairs(model)
     model.add_adapter(OFFSET, model.peft_config[TRAINED])
-    fold = all(pair.base.weight.dtype == torch.float32 for pair in pairs)
+    fold = full_precision and all(pair.base.weight.dtype == torch.float32 for pair in pairs)
     with torch.no_grad():
         for pair in pairs:
-            pair.layer.lora_A[OFFSET].weight.copy_(pair.lora_A)
-            pair.layer.lora_B[OFFSET].weight.copy_(-pair.lora_B)
+            _weight(pair.layer.lora_A, OFFSET).copy_(pair.lora_A)
+            _weight(pair.layer.lora_B, OFFSET).copy_(-pair.lora_B)
             if fold:
                 pair.base.weight -= pair.scaling * (pair.lora_B.float() @ pair.lora_A.float())  # (d_out, d_in)
+    assert isinstance(model.base_model, LoraModel)
     model.base_model.set_adapter([TRAINED] if fold else [TRAINED, OFFSET])
     for name, parameter in model.named_parameters():
         if f".{OFFSET}." in name:
@@ -137,6 +147,7 @@ def export_adapter(model: PeftModel, folder: Path) -> None:
         model.save_pretrained(str(folder), selected_adapters=[TRAINED])
         return
     config = model.peft_config[TRAINED]
+    assert isinstance(config, LoraConfig)
     scaling = adapter_pairs(model)[0].scaling
     trained = get_peft_model_state_dict(model, adapter_name=TRAINED)
     offset = get_peft_model_state_dict(model, adapter_name=OFFSET)

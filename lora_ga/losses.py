@@ -18,7 +18,7 @@ from lora_ga.data.encoding import IGNORED
 
 @contextmanager
 def only_positions(model: nn.Module, mask: torch.Tensor) -> Iterator[None]:
-    """Within, the model's logits are (number of True in mask, vocabulary) in row-major order of mask (batch, length)."""
+    """Within, logits are (number of True in mask, vocabulary), in row-major order of mask (batch, length)."""
     head = model.get_output_embeddings()  # type: ignore[operator]
 
     def select(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -32,7 +32,10 @@ def only_positions(model: nn.Module, mask: torch.Tensor) -> Iterator[None]:
 
 
 def scored_logits(
-    model: nn.Module, batch: Mapping[str, torch.Tensor], autocast: torch.dtype | None = None, head: nn.Module | None = None
+    model: nn.Module,
+    batch: Mapping[str, torch.Tensor],
+    autocast: torch.dtype | None = None,
+    head: nn.Module | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits (N, vocabulary) float32 and labels (N,) at the N scored positions of a collated batch.
 

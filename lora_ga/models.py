@@ -126,7 +126,7 @@ def _config(spec: ModelSpec) -> PreTrainedConfig:
         ) from error
 
 
-def _auto_class(spec: ModelSpec) -> type:
+def _auto_class(spec: ModelSpec) -> Any:
     return AutoModelForSeq2SeqLM if spec.architecture == "seq2seq" else AutoModelForCausalLM
 
 

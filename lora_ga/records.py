@@ -52,10 +52,10 @@ class RunRecord:
     finished_at: str = ""
     schema_version: int = SCHEMA_VERSION
 
-    @property
-    def file_name(self) -> str:
-        """Name of the record's file: readable, and unique to what was run."""
-        return f"{self.task}-{self.method}-seed{self.seed}-{self.run_id}.json"
+
+def record_name(task: str, method: str, seed: int, run_id: str) -> str:
+    """Name of a run's record file: readable, and unique to what was run."""
+    return f"{task}-{method}-seed{seed}-{run_id}.json"
 
 
 def content_hash(value: Any, length: int = 12) -> str:

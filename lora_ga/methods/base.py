@@ -19,12 +19,17 @@ from lora_ga.optim.steps import AdamW, Steps
 
 @dataclass(frozen=True)
 class Setup:
-    """What a start may ask for. `gradients()` estimates (or reads from the cache) name -> G (d_out, d_in)."""
+    """What a start may ask for.
+
+    `gradients()` estimates (or reads from the cache) name -> G (d_out, d_in); `full_precision` says that the forward
+    pass will compute in float32 (no autocast).
+    """
 
     target_modules: tuple[str, ...]
     gradients: Callable[[], dict[str, torch.Tensor]]
     seed: int
     total_steps: int
+    full_precision: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

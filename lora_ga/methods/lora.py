@@ -35,6 +35,11 @@ class Lora(Method):
 
     def check(self, shapes: Mapping[str, tuple[int, int]]) -> None:
         """Refuse a rank that a target layer cannot hold."""
+        if self.use_dora and self.steps.whole_matrices:
+            raise SetupError(
+                f"{type(self.steps).__name__} steps move lora_A and lora_B only and would leave DoRA's magnitudes "
+                "untrained: use method/steps=adamw or method.use_dora=false"
+            )
         if self.r < 1:
             raise SetupError(f"method.r={self.r}: the rank must be at least 1")
         name, shape = min(shapes.items(), key=lambda item: min(item[1]))

@@ -126,5 +126,5 @@ class LoraGA(Lora):
                 svd=svd,
             )
             set_factors(pair, *factors)
-        keep_function(model)
+        keep_function(model, full_precision=setup.full_precision)
         return model

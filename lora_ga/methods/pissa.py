@@ -17,9 +17,7 @@ from lora_ga.methods.lora import Lora
 from lora_ga.methods.svd import TruncatedSVD
 
 
-def pissa_factors(
-    W: torch.Tensor, r: int, scaling: float, *, svd: TruncatedSVD
-) -> tuple[torch.Tensor, torch.Tensor]:
+def pissa_factors(W: torch.Tensor, r: int, scaling: float, *, svd: TruncatedSVD) -> tuple[torch.Tensor, torch.Tensor]:
     """lora_A (r, d_in), lora_B (d_out, r) with scaling * lora_B lora_A = rank-r truncation of W (d_out, d_in)."""
     U, S, Vh = svd(W, r)
     root = (S / scaling).sqrt()  # (r,)
@@ -38,5 +36,5 @@ class Pissa(Lora):
         svd = TruncatedSVD(self.svd_oversampling, self.svd_niter, setup.seed)
         for pair in adapter_pairs(model):
             set_factors(pair, *pissa_factors(pair.base.weight.data, self.r, pair.scaling, svd=svd))
-        keep_function(model)
+        keep_function(model, full_precision=setup.full_precision)
         return model

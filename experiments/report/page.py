@@ -1,0 +1,146 @@
+"""The Markdown page of a report: main table, notes, losses, costs, test rows, and the record file behind each cell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from experiments.report.flags import hardware
+from experiments.report.grid import Grid, Row, in_order, rate_text
+from experiments.report.loading import PublishedRow
+from experiments.report.tables import AVERAGE, NOT_RUN, MainTable, lines, markdown
+
+COSTS = ("train_seconds", "total_seconds", "peak_memory_mb", "trainable_parameters")
+
+
+def _intervals(grid: Grid) -> str:
+    def text(row: Row, task: str) -> str:
+        summary = row.cells[task].summary
+        return "—" if summary is None or summary.low is None else f"[{summary.low:.2f}, {summary.high:.2f}]"
+
+    body = [[row.label, *(text(row, task) for task in grid.tasks)] for row in grid.rows]
+    if not any(text.startswith("[") for _, *texts in body for text in texts):
+        return ""
+    return "## 95 % t intervals over seeds\n\n" + markdown(["method", *grid.tasks], body)
+
+
+def _rates(row: Row) -> str:
+    used = [cell for cell in row.cells.values() if cell.entries]
+    each = [(cell.task, ", ".join(map(rate_text, cell.rates))) for cell in used]
+    if not each:
+        return NOT_RUN
+    if len({rates for _, rates in each}) == 1:
+        return each[0][1]
+    return "; ".join(f"{task} {rates}" for task, rates in each)
+
+
+def _losses(grid: Grid) -> str:
+    splits = in_order((e.record.data.get("scored", {}).get("split", "test") for e in grid.entries), ())
+    body = []
+    for row in grid.rows:
+        losses = [row.cells[task].mean_metric("eval_loss") for task in grid.tasks]
+        body.append([row.label, _rates(row), *("—" if loss is None else f"{loss:.4f}" for loss in losses)])
+    title = f"## Learning rate and held-out loss ({' and '.join(splits) or 'test'} split, mean over seeds)\n\n"
+    return title + markdown(["method", "learning rate", *grid.tasks], body, words=2)
+
+
+def _costs(grid: Grid) -> str:
+    body = []
+    for row in grid.rows:
+        finished = [entry.record for entry in row.entries if entry.finished]
+        texts = []
+        for name in COSTS:
+            values = [record.cost[name] for record in finished if record.cost.get(name) is not None]
+            digits = 0 if name == "trainable_parameters" else 1
+            texts.append(f"{sum(values) / len(values):,.{digits}f}" if values else "—")
+        body.append([row.label, str(len(finished)), *texts])
+    header = ["method", "runs", "train seconds", "total seconds", "peak memory MB", "trainable parameters"]
+    commits = in_order((str(entry.record.environment.get("git_commit")) for entry in grid.entries), ())
+    dirty = any(entry.record.environment.get("git_dirty") for entry in grid.entries)
+    after = [
+        f"Hardware: {'; '.join(hardware(grid)) or 'none'}.",
+        f"Commits: {', '.join(commits) or 'none'}{' (dirty tree)' if dirty else ''}.",
+    ]
+    return "## Cost, mean over finished runs\n\n" + markdown(header, body) + "\n" + "\n".join(after) + "\n"
+
+
+def _test_rows(grid: Grid) -> str:
+    body = []
+    for task in grid.tasks:
+        records = [entry.record for entry in grid.entries if entry.finished and entry.record.task == task]
+
+        def values(pick: Callable[[Mapping], object], records: Sequence = records) -> str:
+            return ", ".join(in_order((str(pick(record.data)) for record in records), ())) or "—"
+
+        def majority(data: Mapping) -> str:
+            return f"{100 * data['majority_rate']:.2f}" if data.get("majority_rate") is not None else "—"
+
+        body.append(
+            [
+                task,
+                values(lambda data: data.get("scored", {}).get("split", "—")),
+                values(lambda data: data.get("scored", {}).get("n", "—")),
+                values(lambda data: data.get("scored", {}).get("of", "—")),
+                values(lambda data: data.get("train", {}).get("n", "—")),
+                values(majority),
+            ]
+        )
+    header = ["task", "split scored", "rows scored", "of", "training rows", "most frequent label %"]
+    return "## Rows\n\n" + markdown(header, body, words=2)
+
+
+def _published(rows: Sequence[PublishedRow], sources: Mapping[str, str]) -> str:
+    body = [[row.method, row.title, ", ".join(row.source), f"{row.confidence:g}", row.note] for row in rows]
+    keys = in_order((key for row in rows for key in row.source), tuple(sources))
+    header = ["method", "table", "sources", "confidence", "note"]
+    meaning = "\n".join(f"- {key}: {sources[key]}" for key in keys)
+    return "## Where the published numbers come from\n\n" + markdown(header, body, words=5) + "\n" + meaning + "\n"
+
+
+def _records(grid: Grid) -> str:
+    body = []
+    for row in grid.rows:
+        for entry in row.entries:
+            record = entry.record
+            score = f"{entry.metric} {entry.percent:.2f}" if entry.finished else (record.error or "—")[:120]
+            about = [record.task, row.label, rate_text(record.learning_rate), str(record.seed)]
+            body.append([*about, record.status, score, entry.file])
+    header = ["task", "method", "learning rate", "seed", "status", "metric", "file"]
+    return "## Records\n\n" + (markdown(header, body, words=7) if body else "None.\n")
+
+
+def legend(table: MainTable) -> list[str]:
+    """How to read the main table."""
+    metrics = in_order((f"{entry.record.task} {entry.metric}" for entry in table.grid.entries), ())
+    notes = [f"Mean ± sample std over n seeds, in percent ({', '.join(metrics) or 'accuracy'})."]
+    if table.baseline is not None:
+        known = bool(table.baseline.entries)
+        notes.append("Baseline: the committed records; differences in points." if known else "Baseline: none.")
+    text = " ".join(text for line in lines(table) for text in line.texts)
+    if "‡" in text:
+        notes.append("‡ The baseline has another learning rate or other settings here.")
+    if table.published:
+        notes.append("Published rows: mean ± std as printed; where we have them from is in results/published.yaml.")
+    if "†" in text:
+        notes.append("† From memory only: check the paper before citing.")
+    return notes
+
+
+def page(
+    title: str, table: MainTable, notes: Sequence[str], sources: Mapping[str, str], figures: Mapping[str, str]
+) -> str:
+    """The whole page; `figures` maps a task to its picture, relative to the page."""
+    grid = table.grid
+    main = [[line.label, line.origin, *line.texts] for line in lines(table)]
+    parts = [
+        f"# {title}\n",
+        markdown(["method", "result", *grid.tasks, AVERAGE], main, words=2),
+        "\n".join(f"- {note}" for note in (*legend(table), *notes)) + "\n",
+        _intervals(grid),
+        _losses(grid),
+        _costs(grid),
+        _test_rows(grid),
+        _published(table.published, sources) if table.published else "",
+        "## Convergence\n\n" + "\n".join(f"![{t}]({path})" for t, path in figures.items()) + "\n" if figures else "",
+        _records(grid),
+    ]
+    return "\n".join(part for part in parts if part)
