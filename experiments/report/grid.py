@@ -26,7 +26,7 @@ METHODS = (
     "lora_pro",
 )
 TASKS = {
-    "local": ("movies", "acceptability", "compare", "reply", "pairs"),
+    "local": ("movies", "tone", "acceptability", "compare", "reply", "pairs"),
     "paper": ("mnli", "sst2", "cola", "qnli", "mrpc"),
 }
 

@@ -7,6 +7,7 @@ SeqToSeqEncode lets pad tokens count in the loss by default.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -69,6 +70,15 @@ def encode_row(
     return EncodedRow(whole[:shared][: max(1, max_length - len(answer))], answer)
 
 
+def _tokenizer_rules(tokenizer: PreTrainedTokenizerBase) -> object:
+    """All that decides a text's ids: vocabulary, merges, normaliser, splitting; the vocabulary alone for a slow one."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return tokenizer.get_vocab()
+    rules = json.loads(backend.to_str())
+    return {key: value for key, value in rules.items() if key not in ("padding", "truncation")}  # of the last call
+
+
 def encode_rows(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[tuple[str, str]],
@@ -78,7 +88,8 @@ def encode_rows(
     cache: bool = True,
 ) -> list[EncodedRow]:
     """Encode (prompt, target) rows, from the cache if these texts were encoded with this tokenizer before."""
-    key = content_hash([list(rows), architecture, max_length, tokenizer.get_vocab(), tokenizer.eos_token_id], 24)
+    rules = _tokenizer_rules(tokenizer)
+    key = content_hash([list(rows), architecture, max_length, rules, tokenizer.eos_token_id], 24)
     path = cache_folder("tokens", f"{key}.safetensors")
     if cache and path.exists():
         stored = load_file(path)

@@ -1,4 +1,4 @@
-"""Five NLU tasks made from sets that PyPI carries, in the form of GLUE's five but never under their names.
+"""Six NLU tasks made from sets that PyPI carries, five in the form of GLUE's five but never under their names.
 
 Texts and mean human ratings (-4 to 4): movie reviews (Rotten Tomatoes, Pang & Lee 2004-5), Amazon reviews, NYT
 editorials, tweets, all in Hutto & Gilbert, "VADER", ICWSM 2014 (vaderSentiment, MIT). Conversations: chitchat-dataset

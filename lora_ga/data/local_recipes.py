@@ -19,6 +19,7 @@ from lora_ga.data.corruption import corrupt, corruptions
 from lora_ga.data.tasks import Example
 
 CLEAR = 1.0  # a mean rating this far from 0 has a clear sign
+NEUTRAL = 0.5  # ... and this near to 0 none
 APART, ALIKE = 2.0, 0.4  # two mean ratings differ, or do not
 ONE_TEXT, TWO_TEXTS = (4, 18), (3, 12)  # words: short enough to train on two cores
 PAIRS_PER_CONVERSATION = 2
@@ -93,6 +94,32 @@ def _movie_rows(items: Sequence[Rated]) -> Rows:
     for item in items:
         rows[int(item.rating > 0)].append(Example({"sentence": item.text}, int(item.rating > 0)))
     return rows
+
+
+def _tone(rating: float) -> int | None:
+    """negative 0, neutral 1, positive 2; None in between."""
+    if abs(rating) >= CLEAR:
+        return 2 if rating > 0 else 0
+    return 1 if abs(rating) < NEUTRAL else None
+
+
+def _tone_sources() -> list[Rated]:
+    return [item for item in _rated(["amazon_reviews", "tweets"], ONE_TEXT) if _tone(item.rating) is not None]
+
+
+def _tone_rows(items: Sequence[Rated]) -> Rows:
+    rows: Rows = {0: [], 1: [], 2: []}
+    # As many of each label from each set: neutral tweets and positive ones must not differ by their source alone.
+    for origin in sorted({item.origin for item in items}):
+        found: Rows = {label: [] for label in rows}
+        for item in items:
+            label = _tone(item.rating)
+            if item.origin == origin and label is not None:
+                found[label].append(Example({"sentence": item.text}, label))
+        for block in zip(*found.values(), strict=False):
+            for row in block:
+                rows[row.label].append(row)
+    return _reorder(rows)
 
 
 def _sentence_sources() -> list[Rated]:
@@ -202,6 +229,11 @@ RECIPES: Mapping[str, Recipe] = {
     "movies": Recipe(
         ("negative", "positive"), _movie_sources, _text_key, _movie_rows,
         f"movie-review sentences whose mean human rating is at least {CLEAR} from 0; form of SST-2, not SST-2",
+    ),
+    "tone": Recipe(
+        ("negative", "neutral", "positive"), _tone_sources, _text_key, _tone_rows,
+        f"tweets and product reviews, mean human rating below -{CLEAR}, within {NEUTRAL} of 0, or above {CLEAR}; "
+        "sentiment three ways, form of SST with a neutral class",
     ),
     "acceptability": Recipe(
         ("unacceptable", "acceptable"), _sentence_sources, _text_key, _acceptability_rows,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from peft import AdaLoraConfig, AdaLoraModel, PeftModel
@@ -32,6 +33,7 @@ class AdaLora(Lora):
     beta1: float = 0.85
     beta2: float = 0.85
     orth_reg_weight: float = 0.5
+    rank_field: ClassVar[str] = "init_r"
 
     @property
     def smallest_side(self) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from peft import LoraConfig, PeftModel
 from torch import nn
@@ -27,6 +28,7 @@ class Lora(Method):
     lora_dropout: float = 0.0
     use_rslora: bool = False
     use_dora: bool = False
+    rank_field: ClassVar[str] = "r"  # the setting that decides `smallest_side`
 
     @property
     def smallest_side(self) -> int:
@@ -44,9 +46,11 @@ class Lora(Method):
             raise SetupError(f"method.r={self.r}: the rank must be at least 1")
         name, shape = min(shapes.items(), key=lambda item: min(item[1]))
         if self.smallest_side > min(shape):
-            limit = min(shape) * self.r // self.smallest_side
+            rank = getattr(self, self.rank_field)
+            limit = min(shape) * rank // self.smallest_side
             raise SetupError(
-                f"method.r={self.r} does not fit {name} of shape {shape[0]} x {shape[1]}: use r <= {limit}, "
+                f"method.{self.rank_field}={rank} does not fit {name} of shape {shape[0]} x {shape[1]}: "
+                f"use {self.rank_field} <= {limit}, "
                 "or leave the layer out of model.target_modules"
             )
 

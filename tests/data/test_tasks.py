@@ -18,6 +18,7 @@ LABELS = {**{name: form.labels for name, form in FORMS.items()}, **{name: r.labe
 FIELDS = {
     **{name: form.fields for name, form in FORMS.items()},
     "movies": ("sentence",),
+    "tone": ("sentence",),
     "acceptability": ("sentence",),
     "compare": ("sentence1", "sentence2"),
     "reply": ("question", "sentence"),
