@@ -1,6 +1,6 @@
 """Adapters start where they should, keep the function while they do, and leave as plain PEFT adapters.
 
-The last part is the promise to a user: what `export` writes, loaded by PEFT on the untouched base, is the trained model.
+The promise to a user: what `export` writes, loaded by PEFT on the untouched base, is the trained model.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Rows become the ids a model is meant to see: the target alone is scored, padding never, and the cache knows its texts.
+"""Rows become the ids a model is meant to see: the target alone is scored, padding never; the cache knows its texts.
 
 Causal rows use the tokenizer of the local asset, whose words begin with a space; T5 rows a tokenizer of a few words.
 """
@@ -23,8 +23,11 @@ def subwords():
     return load_tokenizer(load_config(["model=llama_tiny"]).model)
 
 
+WORDS = ["the", "film", "is", "good", "bad", "a", "very", "yes", "no"]
+
+
 def words(extra=()):
-    vocabulary = ["<pad>", "</s>", "<unk>", *"the film is good bad a very yes no :".split(), *extra]
+    vocabulary = ["<pad>", "</s>", "<unk>", *WORDS, *extra]
     plain = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
     plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(

@@ -1,4 +1,4 @@
-"""The hooks' one-step gradient is autograd's weight gradient, costs the model nothing, and is cached without surprises."""
+"""The hooks' one-step gradient is autograd's weight gradient, leaves the model alone, and is cached safely."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The house keeps its plan: imports go one way, the names `eval` and `experiments` are ours, files and functions stay small."""
+"""The house keeps its plan: imports go one way, `eval` and `experiments` are ours, files and functions stay small."""
 
 from __future__ import annotations
 

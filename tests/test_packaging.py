@@ -52,8 +52,7 @@ def test_what_is_installed_is_what_is_pinned(pin):
 
 def test_every_package_folder_is_installed():
     """Sub-packages must be found by the patterns, and nothing else may be installed with them."""
-    from setuptools import find_packages
-
+    find_packages = pytest.importorskip("setuptools").find_packages
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]
     found = set(find_packages(str(ROOT), include=settings["include"]))
     on_disk = {
