@@ -30,6 +30,9 @@ reproduce-glue: assets ## the GLUE table: SCALE=local (default) or paper, SEEDS=
 	@$(PY) -m experiments.sweep experiment=glue scale=$(SCALE) $(if $(SEEDS),seeds=$(SEEDS)); status=$$?; \
 	$(PY) -m experiments.report experiment=glue scale=$(SCALE) && exit $$status
 
+report: setup ## tables and figures from your records, nothing trained
+	@$(PY) -m experiments.report experiment=glue scale=$(SCALE)
+
 plan: setup ## the runs of the GLUE table, nothing executed
 	@$(PY) -m experiments.plan experiment=glue scale=$(SCALE) $(if $(SEEDS),seeds=$(SEEDS))
 

@@ -17,7 +17,7 @@ from hydra.errors import HydraException
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import TypeAdapter, ValidationError
+from pydantic import PositiveInt, TypeAdapter, ValidationError
 
 from lora_ga.errors import SetupError
 from lora_ga.methods.base import Method
@@ -39,7 +39,7 @@ class Task:
     source: Literal["local", "glue"]
     metric: str
     sizes: Mapping[str, int | None]
-    max_length: int
+    max_length: PositiveInt
     data_root: str | None = None
 
 
@@ -63,8 +63,8 @@ class Protocol:
 class GradientSettings:
     """The rows behind the one-step gradient: the first batch_size x batches of the training set."""
 
-    batch_size: int
-    batches: int
+    batch_size: PositiveInt
+    batches: PositiveInt
     dropout: bool
     cache: bool
 
@@ -74,8 +74,8 @@ class EvalSettings:
     """What is scored after training."""
 
     split: Literal["validation", "test"]
-    limit: int | None
-    batch_size: int
+    limit: PositiveInt | None
+    batch_size: PositiveInt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +98,27 @@ class Logger:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Plain:
+    """The keys of conf/config.yaml that belong to no group."""
+
+    experiment_name: str
+    seed: int
+    records: str
+    outputs: str
+    export: bool
+
+
+GROUPS = ("scale", "model", "task", "protocol", "method", "train", "eval", "launcher", "logger", "seeds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launcher:
+    """What starts the processes; one process is all there is so far."""
+
+    name: Literal["none"]
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One run. `resolved` is the whole configuration as plain data; `run_id` hashes what can change its numbers."""
 
@@ -110,6 +131,7 @@ class RunConfig:
     train: TrainSettings
     gradient: GradientSettings
     eval: EvalSettings
+    launcher: Launcher
     logger: Logger
     seed: int
     seeds: Seeds
@@ -142,17 +164,18 @@ class RunConfig:
 
 def _build(kind: type[T], values: Mapping[str, Any], where: str) -> T:
     """`kind(**values)` with unknown keys, missing keys and wrong types refused in one line that names the key."""
+    where = f"{where}." if where else ""
     known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
     for key in values:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
-            raise SetupError(f"unknown key {where}.{key}; {hint}")
+            raise SetupError(f"unknown key {where}{key}; {hint}")
     try:
         return TypeAdapter(kind).validate_python(dict(values))
     except ValidationError as error:
         first = error.errors()[0]
-        path = ".".join(str(part) for part in (where, *first["loc"]))
+        path = where + ".".join(str(part) for part in first["loc"])
         given = "" if first["type"] == "missing" else f"={first['input']}"
         raise SetupError(f"{path}{given}: {first['msg']}") from error
 
@@ -179,6 +202,7 @@ def parse(raw: Mapping[str, Any]) -> RunConfig:
         **raw["protocol"],
         "prompts": {k: _build(Prompt, v, f"protocol.prompts.{k}") for k, v in raw["protocol"]["prompts"].items()},
     }
+    plain = _build(Plain, {k: v for k, v in raw.items() if k not in GROUPS}, "")
     config = RunConfig(
         scale=raw["scale"]["name"],
         model=_build(ModelSpec, raw["model"], "model"),
@@ -189,13 +213,14 @@ def parse(raw: Mapping[str, Any]) -> RunConfig:
         train=_build(TrainSettings, train, "train"),
         gradient=_build(GradientSettings, raw["train"]["gradient"], "train.gradient"),
         eval=_build(EvalSettings, raw["eval"], "eval"),
+        launcher=_build(Launcher, raw["launcher"], "launcher"),
         logger=_build(Logger, raw["logger"], "logger"),
-        seed=raw["seed"],
+        seed=plain.seed,
         seeds=_build(Seeds, raw["seeds"], "seeds"),
-        experiment_name=raw["experiment_name"],
-        records=ROOT / raw["records"],
-        outputs=ROOT / raw["outputs"],
-        export=raw["export"],
+        experiment_name=plain.experiment_name,
+        records=ROOT / plain.records,
+        outputs=ROOT / plain.outputs,
+        export=plain.export,
         resolved=raw,
     )
     config.model.check()

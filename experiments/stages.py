@@ -24,12 +24,12 @@ from lora_ga.adapters import target_linears
 from lora_ga.cache import cache_folder
 from lora_ga.data.encoding import Collator, EncodedRows, encode_rows
 from lora_ga.data.tasks import Example, TaskData, load_task, render
+from lora_ga.errors import SetupError
 from lora_ga.gradients import cached_gradients, estimate_gradients
 from lora_ga.losses import mean_token_loss, scored_logits
 from lora_ga.models import Loaded
 from lora_ga.records import RunRecord, capture_environment, content_hash, record_name, write_record
 from lora_ga.training import Diverged
-
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # glibc malloc.h
 
@@ -48,13 +48,16 @@ class Rows:
         """Read the task and put the protocol's prompt around each row."""
         task = config.task
         data = load_task(task.source, task.name, sizes=task.sizes, data_root=task.data_root)
-        template, words = config.prompt.template, config.prompt.labels
+        template, words, labels = config.prompt.template, config.prompt.labels, len(data.labels)
         scored = list(data.splits[config.eval.split])[: config.eval.limit]
+        for split in ("train", config.eval.split):
+            if not data.splits[split]:
+                raise SetupError(f"task={task.name} has no {split} rows: set task.sizes.{split} to a number, or null")
         return cls(
             data=data,
-            train=[render(template, words, row) for row in data.splits["train"]],
+            train=[render(template, words, row, label_count=labels) for row in data.splits["train"]],
             scored=scored,
-            scored_prompts=[render(template, words, row)[0] for row in scored],
+            scored_prompts=[render(template, words, row, label_count=labels)[0] for row in scored],
         )
 
     def describe(self, config: RunConfig) -> dict[str, Any]:

@@ -64,6 +64,8 @@ def target_linears(model: nn.Module, target_modules: tuple[str, ...]) -> dict[st
     A target that names no linear raises SetupError.
     """
     wanted = set(target_modules)
+    if not wanted:
+        raise SetupError("model.target_modules is empty: name the linear layers to adapt, e.g. [q_proj, v_proj]")
     found = {
         name: module
         for name, module in model.named_modules()

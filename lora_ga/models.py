@@ -6,6 +6,7 @@ The generation config is emptied: decoding belongs to the protocol, never to wha
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import shutil
@@ -79,8 +80,10 @@ class Loaded:
     identity: str
 
 
-def _converted_gguf(gguf: Path) -> Path:
-    """The GGUF file as a transformers folder (float32, exact), converted once: loading it is 20 times faster."""
+@functools.cache
+def _converted_gguf(name: str) -> Path:
+    """The GGUF asset as a transformers folder (float32, exact), converted once: it loads in a tenth of the time."""
+    gguf = asset(name)
     digest = hashlib.sha256(gguf.read_bytes()).hexdigest()
     folder = cache_folder("models", f"{gguf.stem}-{digest[:12]}")
     if folder.exists():
@@ -104,7 +107,7 @@ def _converted_gguf(gguf: Path) -> Path:
 
 def _location(spec: ModelSpec) -> str:
     if spec.source.startswith("asset:"):
-        return str(_converted_gguf(asset(spec.source.removeprefix("asset:"))))
+        return str(_converted_gguf(spec.source.removeprefix("asset:")))
     if Path(spec.source).expanduser().is_dir():
         return str(Path(spec.source).expanduser())
     if spec.source.startswith((".", "/", "~")):
@@ -150,7 +153,7 @@ def _identity(spec: ModelSpec, location: str) -> str:
 
 def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     """The model's tokenizer; random models borrow the one of the local asset."""
-    location = str(_converted_gguf(asset("smollm2_gguf"))) if spec.is_random else _location(spec)
+    location = str(_converted_gguf("smollm2_gguf")) if spec.is_random else _location(spec)
     revision = None if Path(location).is_dir() else spec.revision
     tokenizer = AutoTokenizer.from_pretrained(location, revision=revision)
     if tokenizer.pad_token_id is None:
