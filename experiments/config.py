@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -239,6 +239,11 @@ def compose_raw(overrides: Sequence[str], name: str = "config") -> dict[str, Any
         with initialize_config_dir(str(CONF), version_base=None):
             composed = compose(name, overrides=list(overrides))
         return OmegaConf.to_container(composed, resolve=True)  # type: ignore[return-value]
+    except OverrideParseException as error:
+        raise SetupError(
+            f"cannot read {error.override} ({str(error).splitlines()[0]}): "
+            "put inner values that hold = in quotes, as in 'overrides=[\"train.max_steps=4\"]'"
+        ) from error
     except (HydraException, OmegaConfBaseException) as error:
         text = " ".join(str(error).split())
         raise SetupError(

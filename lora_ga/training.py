@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset, Sampler
-from transformers import SchedulerType, Trainer, TrainerCallback, TrainingArguments
+from tqdm import tqdm
+from transformers import PrinterCallback, SchedulerType, Trainer, TrainerCallback, TrainingArguments
 
 from lora_ga.adapters import adapter_pairs
 from lora_ga.data.encoding import IGNORED, Collator, EncodedRows, LengthBucketSampler
@@ -154,11 +155,22 @@ class MethodTrainer(Trainer):
 
 
 class _AfterStep(TrainerCallback):
-    def __init__(self, method: Method) -> None:
+    """Calls the method after each optimizer step, and moves a progress bar instead of printing a line a step."""
+
+    def __init__(self, method: Method, steps: int) -> None:
         self.method = method
+        self.bar = tqdm(total=steps, desc="train", unit="step")
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.method.after_step(kwargs["model"], state.global_step + 1)
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if "learning_rate" in kwargs["logs"]:
+            self.bar.set_postfix(loss=f"{kwargs['logs']['loss']:.3f}", refresh=False)
+            self.bar.update()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.close()
 
 
 def _samples(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -195,7 +207,7 @@ def _arguments(settings: TrainSettings, output_dir: Path, steps: int, seed: int)
         use_cpu=not torch.cuda.is_available(),
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
-        disable_tqdm=False,
+        disable_tqdm=True,
     )
 
 
@@ -208,7 +220,6 @@ def train(
     *,
     output_dir: Path,
     seed: int,
-    callbacks: list[TrainerCallback] | None = None,
 ) -> tuple[TrainResult, dict[str, Any]]:
     """Train a prepared model in place; returns the curve with its cost, and what moved.
 
@@ -224,8 +235,9 @@ def train(
         data_seed=seed,
         train_dataset=rows,
         data_collator=collator,
-        callbacks=[_AfterStep(method), *(callbacks or [])],
+        callbacks=[_AfterStep(method, steps)],
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.began = start = time.perf_counter()
     trainer.train()
     assert trainer.optimizer is not None

@@ -29,7 +29,13 @@ from lora_ga.errors import SetupError
 from lora_ga.records import RunRecord, read_record, write_record
 
 METHODS = {"full_ft", "lora", "rslora", "lora_plus", "dora", "pissa", "adalora", "lora_ga", "lora_one", "lora_pro"}
-TINY = "model=llama_tiny,train.max_steps=3,eval.limit=8,train.autocast=null,task.sizes.train=48,task.sizes.test=16"
+TINY = [
+    "model=llama_tiny",
+    "train.max_steps=3",
+    "train.autocast=null",
+    "task.sizes={train: 48, validation: 16, test: 16}",
+    "eval.limit=8",
+]
 
 
 @pytest.fixture
@@ -48,14 +54,13 @@ def nothing_loads(monkeypatch):
 def one_task(tmp_path):
     """one_task("lora", "rslora", overrides): sweep arguments for the movie task, into a folder of this test."""
 
-    def arguments(*methods, more="", seeds=1):
-        extra = "," + more if more else ""
+    def arguments(*methods, more=(), seeds=1):
         return [
             *(f"~experiment.local.methods.{name}" for name in ("full_ft", "lora", "lora_ga", "lora_one", "lora_pro")),
             *(f"+experiment.local.methods.{name}.learning_rate=[1e-3]" for name in methods),
             "experiment.local.tasks=[movies]",
             f"seeds={seeds}",
-            f"overrides=[{TINY}{extra}]",
+            f"overrides={json.dumps([*TINY, *more])}",
             f"records={tmp_path}/records",
             f"outputs={tmp_path}/outputs",
         ]
@@ -66,6 +71,7 @@ def one_task(tmp_path):
 # The plan
 
 
+@pytest.mark.slow
 def test_the_paper_table_is_150_runs_and_loads_nothing(nothing_loads, capsys, tmp_path):
     plan_main(["experiment=glue", "scale=paper", f"records={tmp_path}"])
     lines = capsys.readouterr().out.strip().splitlines()
@@ -109,7 +115,7 @@ def test_a_plan_says_what_is_there_already(nothing_loads, one_task, capsys):
 
 
 def test_an_override_of_the_sweep_wins_over_the_table(nothing_loads, one_task):
-    (run,) = expand(one_task("lora", more="train.learning_rate=0.5"))
+    (run,) = expand(one_task("lora", more=["train.learning_rate=0.5"]))
     assert run.config.train.learning_rate == 0.5
     assert run.config.model.name == "llama_tiny" and run.config.train.max_steps == 3
 
@@ -120,7 +126,8 @@ def test_an_override_of_the_sweep_wins_over_the_table(nothing_loads, one_task):
         (["experiment=nothing"], "nothing"),
         (["experiment=glue", "scale=huge"], "huge"),
         (["experiment=glue", "sedes=3"], "sedes"),
-        (["experiment=glue", "overrides=[train.max_stepz=3]"], "max_stepz"),
+        (['overrides=["train.max_stepz=3"]'], "max_stepz"),
+        (["overrides=[train.max_steps=3]"], "overrides"),
         (["+experiment.local.methods.lora.rate=1"], "learning_rate"),
         (["~experiment.local"], "scale=local"),
     ],
@@ -212,7 +219,7 @@ def test_a_damaged_record_is_run_again(one_task, processes):
 
 def test_records_of_another_setting_do_not_count(one_task, processes):
     assert sweep(expand(one_task("lora"))) == 0
-    assert sweep(expand(one_task("lora", more="train.warmup_ratio=0.5"))) == 0
+    assert sweep(expand(one_task("lora", more=["train.warmup_ratio=0.5"]))) == 0
     assert processes == ["lora", "lora"]
 
 
@@ -227,14 +234,13 @@ def test_a_fresh_clone_finds_nothing_finished(nothing_loads):
 
 @pytest.mark.slow
 def test_a_real_sweep_survives_a_run_that_diverges(one_task, tmp_path):
-    good, bad = expand(one_task("lora")), expand(one_task("rslora", more="train.learning_rate=1e38"))
-    also_good = expand(one_task("pissa"))
-    assert sweep([*bad, *good, *also_good]) == 1
-    assert [run.state for run in (*bad, *good, *also_good)] == ["diverged", "finished", "finished"]
+    good, bad = expand(one_task("lora")), expand(one_task("rslora", more=["train.learning_rate=1e38"]))
+    assert sweep([*bad, *good]) == 1
+    assert [run.state for run in (*bad, *good)] == ["diverged", "finished"]
     record = read_record(good[0].record)
     assert record.metrics["accuracy"]["n"] == 8 and len(record.loss_curve) == 3
     logs = {path.stem: path.read_text() for path in (tmp_path / "outputs" / "logs").rglob("*.log")}
-    assert "Diverged" in logs[bad[0].record.stem] and len(logs) == 3
+    assert "Diverged" in logs[bad[0].record.stem] and len(logs) == 2
 
 
 def children(pid):
@@ -252,7 +258,7 @@ def wait_for(condition, what, process, seconds=120):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at the run's process through /proc")
 def test_a_killed_sweep_leaves_no_half_record_and_goes_on(one_task, tmp_path):
-    arguments = one_task("lora", "rslora", more="train.max_steps=60")
+    arguments = one_task("lora", "rslora", more=["train.max_steps=60"])
     first, second = expand(arguments)
     command = [sys.executable, "-m", "experiments.sweep", *arguments]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

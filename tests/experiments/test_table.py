@@ -1,4 +1,4 @@
-"""Proves the whole path, from the shipped experiment (shrunk to a tiny model) to its table: every cell has its record."""
+"""Proves the whole path, from the shipped experiment (on a tiny model) to its table: every cell has its record."""
 
 import re
 from pathlib import Path
