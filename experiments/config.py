@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException, OverrideParseException
 from hydra.utils import get_class
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import PositiveInt, TypeAdapter, ValidationError
 
@@ -233,12 +233,11 @@ def parse(raw: Mapping[str, Any]) -> RunConfig:
     return config
 
 
-def compose_raw(overrides: Sequence[str], name: str = "config") -> dict[str, Any]:
-    """The resolved configuration of conf/<name>.yaml with `overrides`, as plain data."""
+def compose_config(overrides: Sequence[str], name: str = "config") -> DictConfig:
+    """conf/<name>.yaml with `overrides`, interpolations not yet resolved; SetupError, in one line, for a wrong one."""
     try:
         with initialize_config_dir(str(CONF), version_base=None):
-            composed = compose(name, overrides=list(overrides))
-        return OmegaConf.to_container(composed, resolve=True)  # type: ignore[return-value]
+            return compose(name, overrides=list(overrides))
     except OverrideParseException as error:
         raise SetupError(
             f"cannot read {error.override} ({str(error).splitlines()[0]}): "
@@ -251,9 +250,17 @@ def compose_raw(overrides: Sequence[str], name: str = "config") -> dict[str, Any
         ) from error
 
 
+def resolve(composed: DictConfig) -> dict[str, Any]:
+    """The resolved configuration as plain data."""
+    try:
+        return OmegaConf.to_container(composed, resolve=True)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise SetupError(" ".join(str(error).split())[:300]) from error
+
+
 def load_config(overrides: Sequence[str]) -> RunConfig:
     """Compose and check the configuration of one run."""
-    return parse(compose_raw(overrides))
+    return parse(resolve(compose_config(overrides)))
 
 
 @contextmanager

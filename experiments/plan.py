@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import sys
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.config import RunConfig, compose_raw, load_config, one_line_errors
+from omegaconf import DictConfig
+
+from experiments.config import RunConfig, compose_config, one_line_errors, parse, resolve
 from lora_ga.errors import SetupError
 from lora_ga.records import read_record, record_name
 
@@ -49,32 +52,53 @@ def _rates(name: str, settings: Mapping[str, Any]) -> Sequence[float]:
 
 def expand(overrides: Sequence[str]) -> list[PlannedRun]:
     """The runs of conf/sweep.yaml with `overrides`, seeds outermost, so that one whole table is there first."""
-    sweep = compose_raw(overrides, "sweep")
+    sweep = resolve(compose_config(overrides, "sweep"))
     scale, name = sweep["scale"]["name"], sweep["experiment"]["name"]
     if scale not in sweep["experiment"]:
         raise SetupError(f"experiment={name} has no scale={scale}: its file conf/experiment/{name}.yaml says which")
-    table = sweep["experiment"][scale]
-    seeds = range(sweep["seeds"] or table["seeds"])
-    runs = []
-    for seed, task, (method, settings) in itertools.product(seeds, table["tasks"], table["methods"].items()):
-        for rate in _rates(method, settings):
-            chosen = (
-                f"scale={scale}",
-                *table["overrides"],
-                f"task={task}",
-                f"method={method}",
-                f"train.learning_rate={rate}",
-                f"seed={seed}",
-                f"experiment_name={name}",
-                f"records={sweep['records']}",
-                f"outputs={sweep['outputs']}",
-                *settings.get("overrides", ()),
-                *sweep["overrides"],
+    for override in sweep["overrides"]:
+        if override.partition("=")[0] in ("seed", "train.learning_rate"):
+            raise SetupError(
+                f"overrides holds {override}, which the sweep sets itself: edit conf/experiment/{name}.yaml"
             )
-            # A group has to be chosen before a key inside it is set: task.sizes.train=.. must follow task=..
-            ordered = tuple(sorted(chosen, key=lambda override: "." in override.partition("=")[0]))
-            runs.append(PlannedRun(ordered, load_config(ordered)))
-    return runs
+    table = sweep["experiment"][scale]
+    cells = [
+        (composed, chosen, rate)
+        for task, (method, settings) in itertools.product(table["tasks"], table["methods"].items())
+        for composed, chosen in [_compose(sweep, task, method, settings)]
+        for rate in _rates(method, settings)
+    ]
+    return [
+        _planned(composed, chosen, seed, rate)
+        for seed in range(sweep["seeds"] or table["seeds"])
+        for composed, chosen, rate in cells
+    ]
+
+
+def _compose(
+    sweep: Mapping[str, Any], task: str, method: str, settings: Mapping[str, Any]
+) -> tuple[DictConfig, tuple[str, ...]]:
+    """One method on one task, and the overrides that say so; slow, so done once for all seeds and rates."""
+    chosen = (
+        f"scale={sweep['scale']['name']}",
+        *sweep["experiment"][sweep["scale"]["name"]]["overrides"],
+        f"task={task}",
+        f"method={method}",
+        f"experiment_name={sweep['experiment']['name']}",
+        f"records={sweep['records']}",
+        f"outputs={sweep['outputs']}",
+        *settings.get("overrides", ()),
+        *sweep["overrides"],
+    )
+    # A group has to be chosen before a key inside it is set: task.sizes.train=.. must follow task=..
+    ordered = tuple(sorted(chosen, key=lambda override: "." in override.partition("=")[0]))
+    return compose_config(ordered), ordered
+
+
+def _planned(composed: DictConfig, chosen: tuple[str, ...], seed: int, rate: float) -> PlannedRun:
+    cell = copy.deepcopy(composed)
+    cell.seed, cell.train.learning_rate = seed, rate
+    return PlannedRun((*chosen, f"train.learning_rate={rate}", f"seed={seed}"), parse(resolve(cell)))
 
 
 def main(arguments: Sequence[str]) -> None:

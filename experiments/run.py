@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from experiments.config import CONF, RunConfig, load_config, one_line_errors, parse
+from experiments.config import CONF, RunConfig, load_config, one_line_errors, parse, resolve
 from experiments.stages import Gradients, Rows, at_start, begin_record, encoded_rows, finish, keep_freed_memory, score
 from lora_ga.methods.base import Setup
 from lora_ga.models import load_model, target_shapes
@@ -74,7 +74,7 @@ def main(composed: DictConfig) -> None:
     """Command line; a setting that cannot work ends with one line and code 2, a run that fails with code 1."""
     keep_freed_memory()
     with one_line_errors():
-        path = run(parse(OmegaConf.to_container(composed, resolve=True)))  # type: ignore[arg-type]
+        path = run(parse(resolve(composed)))
         print(path, flush=True)
 
 

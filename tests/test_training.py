@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from peft import AdaLoraModel, LoraConfig
 from torch import nn
-from transformers import TrainerCallback, get_cosine_schedule_with_warmup
+from transformers import get_cosine_schedule_with_warmup
 
 from lora_ga.adapters import adapter_pairs, attach_lora
 from lora_ga.data.encoding import IGNORED, EncodedRows, LengthBucketSampler
@@ -40,7 +40,7 @@ def setup(targets):
 def trained(tiny, setup, collators, random_rows, tmp_path):
     """trained(method, **settings): the model after training on 48 rows, its result, and what moved."""
 
-    def run(method, architecture="causal", callbacks=None, rows=48, seed=0, **settings):
+    def run(method, architecture="causal", rows=48, seed=0, **settings):
         chosen = TrainSettings(
             **{
                 "learning_rate": 1e-2,
@@ -59,7 +59,6 @@ def trained(tiny, setup, collators, random_rows, tmp_path):
             chosen,
             output_dir=tmp_path,
             seed=seed,
-            callbacks=callbacks,
         )
         return model, result, moved
 
@@ -267,37 +266,37 @@ def test_the_recorded_loss_leaves_the_penalty_out(trained):
     assert column(weighed, "grad_norm")[0] > 10 * column(plain, "grad_norm")[0]
 
 
-class Rates(TrainerCallback):
-    """Learning rate of the groups that hold lora_A and lora_B, after each step."""
+def test_lora_plus_rates_differ_by_16_all_the_way(trained, monkeypatch):
+    """Seen after each step of the optimizer, so the schedule has moved both groups."""
+    plain, seen = LoraPlus.optimizer, []
 
-    def __init__(self):
-        self.seen = []
+    def watched(self, model, **settings):
+        optimizer = plain(self, model, **settings)
+        names = {id(parameter): name.split(".")[-3] for name, parameter in model.named_parameters()}
 
-    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
-        names = {id(parameter): name for name, parameter in model.named_parameters()}
-        rate = {names[id(p)].split(".")[-3]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
-        self.seen.append((rate["lora_A"], rate["lora_B"]))
+        def look(optimizer, *args):
+            seen.append({names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]})
 
+        optimizer.register_step_post_hook(look)
+        return optimizer
 
-def test_lora_plus_rates_differ_by_16_all_the_way(trained):
-    rates = Rates()
-    trained(Lora(r=4, steps=LoraPlus()), callbacks=[rates])
-    assert len(rates.seen) == 6 and max(a for a, _ in rates.seen) == pytest.approx(1e-2)
-    for rate_A, rate_B in rates.seen:
-        assert rate_B == pytest.approx(16 * rate_A)
+    monkeypatch.setattr(LoraPlus, "optimizer", watched)
+    trained(Lora(r=4, steps=LoraPlus()))
+    assert len(seen) == 6 and max(rate["lora_A"] for rate in seen) == pytest.approx(1e-2)
+    assert all(rate["lora_B"] == pytest.approx(16 * rate["lora_A"]) for rate in seen)
 
 
 # What must not pass in silence
 
 
-class Break(TrainerCallback):
-    """After step `step`, one weight is no number any more."""
+@dataclass(frozen=True, kw_only=True)
+class Breaks(Lora):
+    """After its third step, one weight is no number any more."""
 
-    def __init__(self, step, value):
-        self.step, self.value = step, value
+    value: float
 
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        if state.global_step == self.step:
+    def after_step(self, model, step):
+        if step == 3:
             with torch.no_grad():
                 next(p for p in model.parameters() if p.requires_grad).fill_(self.value)
 
@@ -305,7 +304,7 @@ class Break(TrainerCallback):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_ends_the_run_with_its_curve(trained, value):
     with pytest.raises(Diverged, match="at step 4") as caught:
-        trained(Lora(r=4), callbacks=[Break(3, value)])
+        trained(Breaks(r=4, value=value))
     assert [row["step"] for row in caught.value.curve] == [1, 2, 3]
     assert all(math.isfinite(number) for row in caught.value.curve for number in row.values())
 

@@ -12,7 +12,7 @@ import sys
 
 import pytest
 
-from experiments.config import CONF, ROOT, compose_raw, load_config, parse
+from experiments.config import CONF, ROOT, compose_config, load_config, parse, resolve
 from experiments.run import run
 from lora_ga.errors import SetupError
 
@@ -71,7 +71,7 @@ def test_every_choice_composes_and_parses(group, choice):
 @pytest.mark.parametrize("scale", choices("scale"))
 @pytest.mark.parametrize("experiment", choices("experiment"))
 def test_every_experiment_composes_at_the_scales_it_names(experiment, scale):
-    table = compose_raw([f"experiment={experiment}", f"scale={scale}"], "sweep")["experiment"]
+    table = resolve(compose_config([f"experiment={experiment}", f"scale={scale}"], "sweep"))["experiment"]
     if scale not in table:
         pytest.skip(f"{experiment} has no {scale} scale")
     assert table["name"] == experiment

@@ -14,7 +14,7 @@ from experiments.run import run
 def test_config_to_table(tmp_path: Path) -> None:
     runs = expand(
         ["experiment=glue", f"records={tmp_path}/runs", f"outputs={tmp_path}/out",
-         "overrides=[model=llama_tiny,train.max_steps=3,eval.limit=30]"]
+         'overrides=["model=llama_tiny","train.max_steps=3","eval.limit=30"]']
     )  # fmt: skip
     tasks = {planned.config.task.name for planned in runs}
     methods = {planned.config.method_name for planned in runs}
