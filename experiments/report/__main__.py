@@ -90,7 +90,7 @@ def report(settings: Settings) -> Path:
     """Write everything; returns the Markdown page."""
     plan = read_plan(ROOT / "conf" / "experiment" / f"{settings.experiment}.yaml", settings.scale)
     table, skipped, sources = _beside(settings, plan)
-    notes = flags(table.grid, skipped)
+    notes = [*plan.notes, *flags(table.grid, skipped)]
     out = ROOT / settings.out
     pictures = write_figures(table.grid, out / "figures", settings.name)
     title = f"{settings.experiment}, {settings.scale} scale"

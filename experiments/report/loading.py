@@ -42,10 +42,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class Plan:
-    """Tasks, and learning rates by method, that conf/experiment/<name>.yaml asks for; empty where it is absent."""
+    """Tasks and learning rates by method that conf/experiment/<name>.yaml asks for, and its footnotes; else empty."""
 
     tasks: tuple[str, ...]
     rates: Mapping[str, tuple[float, ...]]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def read_plan(path: Path, scale: str) -> Plan:
     try:
         table = _yaml(path)[scale]
         rates = {name: tuple(map(float, settings["learning_rate"])) for name, settings in table["methods"].items()}
-        return Plan(tuple(table["tasks"]), rates)
+        return Plan(tuple(table["tasks"]), rates, tuple(table.get("notes", ())))
     except (OSError, KeyError, TypeError, OmegaConfBaseException):
         return Plan((), {})
 
