@@ -23,7 +23,7 @@ $(READY): pyproject.toml
 	$(PY) -m pip install --quiet --editable '.[dev]'
 	@touch $@
 
-assets: setup ## pinned data files and the local model, into the user cache
+assets: setup ## pinned data files into the user cache
 	@$(PY) -m lora_ga.data.assets
 
 reproduce-glue: assets ## the GLUE table: SCALE=local (default) or paper, SEEDS=3 for three seeds
