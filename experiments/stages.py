@@ -31,6 +31,7 @@ from lora_ga.models import Loaded
 from lora_ga.records import RunRecord, capture_environment, content_hash, record_name, write_record
 from lora_ga.training import Diverged
 
+DROPOUT_SEED = 0  # of the one-step gradient; with the run's own seed every run would estimate anew
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # glibc malloc.h
 
 
@@ -79,7 +80,7 @@ class Rows:
 
 @dataclass
 class Gradients:
-    """The one-step gradient of a run: `source` estimates it when a method asks, `report` says what was done."""
+    """The one-step gradient of a run: estimated (or read from the cache) when a method asks; `report` says how."""
 
     config: RunConfig
     loaded: Loaded
@@ -104,6 +105,7 @@ class Gradients:
             "dtype": [config.model.dtype, config.train.autocast, config.model.attn_implementation],
             "batch_shape": [settings.batch_size, settings.batches],
             "dropout": settings.dropout,
+            "dropout_seed": DROPOUT_SEED,
             "targets": list(layers),
             "torch": torch.__version__,
         }
@@ -114,7 +116,7 @@ class Gradients:
                 batches,
                 layers,
                 lambda model, batch: mean_token_loss(model, batch, config.train.autocast_dtype),
-                seed=0,  # of the dropout masks: with the run's seed every run would estimate anew
+                seed=DROPOUT_SEED,
                 dropout=settings.dropout,
             )
 
