@@ -135,8 +135,9 @@ def _auto_class(spec: ModelSpec) -> Any:
 
 def target_shapes(spec: ModelSpec) -> dict[str, tuple[int, int]]:
     """Shape (d_out, d_in) of every target, from the architecture alone: no weight is read."""
+    config = _config(spec)  # may convert the asset, which is no work for the meta device
     with torch.device("meta"):
-        skeleton = _auto_class(spec).from_config(_config(spec))
+        skeleton = _auto_class(spec).from_config(config)
     linears = target_linears(skeleton, spec.target_modules)
     return {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
 
