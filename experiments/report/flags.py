@@ -111,19 +111,21 @@ def _mixed(grid: Grid) -> list[str]:
     if dirty:
         notes.append(f"Dirty tree: {dirty} of {len(grid.entries)} runs had changes that no commit holds.")
     if len(hardware(grid)) > 1:
-        notes.append("Mixed hardware: seconds and memory do not compare.")
+        notes.append("Mixed hardware: costs are listed apart for each.")
     return notes
 
 
+def machine(entry: Entry) -> str:
+    """What a record was made on."""
+    known = entry.record.environment
+    gpu = f"GPU {known['gpu']}, " if known.get("gpu") else ""
+    cores, threads = known.get("cpu_count", "?"), known.get("torch_threads", "?")
+    return f"{gpu}CPU {known.get('cpu', '?')}, {cores} cores, {threads} torch threads"
+
+
 def hardware(grid: Grid) -> list[str]:
-    """The machines behind the records, one text each."""
-    texts = []
-    for entry in grid.entries:
-        known = entry.record.environment
-        gpu = f"GPU {known['gpu']}, " if known.get("gpu") else ""
-        cores, threads = known.get("cpu_count", "?"), known.get("torch_threads", "?")
-        texts.append(f"{gpu}CPU {known.get('cpu', '?')}, {cores} cores, {threads} torch threads")
-    return in_order(texts, ())
+    """The machines behind the records, each once."""
+    return in_order(map(machine, grid.entries), ())
 
 
 def flags(grid: Grid, skipped: Sequence[str]) -> list[str]:

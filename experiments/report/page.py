@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from experiments.report.flags import hardware
+from experiments.report.flags import hardware, machine
 from experiments.report.grid import Grid, Row, in_order, rate_text
 from experiments.report.loading import PublishedRow
 from experiments.report.tables import AVERAGE, NOT_RUN, MainTable, lines, markdown
+from lora_ga.records import RunRecord
 
 COSTS = ("train_seconds", "total_seconds", "peak_memory_mb", "trainable_parameters")
 
@@ -43,24 +44,34 @@ def _losses(grid: Grid) -> str:
     return title + markdown(["method", "learning rate", *grid.tasks], body, words=2)
 
 
+def _cost_row(label: str, records: Sequence[RunRecord]) -> list[str]:
+    texts = []
+    for name in COSTS:
+        values = [record.cost[name] for record in records if record.cost.get(name) is not None]
+        digits = 0 if name == "trainable_parameters" else 1
+        texts.append(f"{sum(values) / len(values):,.{digits}f}" if values else "—")
+    return [label, str(len(records)), *texts]
+
+
 def _costs(grid: Grid) -> str:
+    """Mean costs, never over different machines."""
+    machines = hardware(grid)
     body = []
     for row in grid.rows:
-        finished = [entry.record for entry in row.entries if entry.finished]
-        texts = []
-        for name in COSTS:
-            values = [record.cost[name] for record in finished if record.cost.get(name) is not None]
-            digits = 0 if name == "trainable_parameters" else 1
-            texts.append(f"{sum(values) / len(values):,.{digits}f}" if values else "—")
-        body.append([row.label, str(len(finished)), *texts])
+        for place, text in enumerate(machines, start=1):
+            records = [entry.record for entry in row.entries if entry.finished and machine(entry) == text]
+            if records:
+                body.append(_cost_row(row.label + (f" [{place}]" if len(machines) > 1 else ""), records))
     header = ["method", "runs", "train seconds", "total seconds", "peak memory MB", "trainable parameters"]
     commits = in_order((str(entry.record.environment.get("git_commit")) for entry in grid.entries), ())
     dirty = any(entry.record.environment.get("git_dirty") for entry in grid.entries)
+    listed = [f"[{place}] {text}" for place, text in enumerate(machines, start=1)] if len(machines) > 1 else machines
     after = [
-        f"Hardware: {'; '.join(hardware(grid)) or 'none'}.",
+        f"Hardware: {'; '.join(listed) or 'none'}.",
         f"Commits: {', '.join(commits) or 'none'}{' (dirty tree)' if dirty else ''}.",
     ]
-    return "## Cost, mean over finished runs\n\n" + markdown(header, body) + "\n" + "\n".join(after) + "\n"
+    table = markdown(header, body) if body else "None.\n"
+    return "## Cost, mean over finished runs\n\n" + table + "\n" + "\n".join(after) + "\n"
 
 
 def _test_rows(grid: Grid) -> str:
