@@ -60,7 +60,7 @@ def test_every_method_leaves_a_whole_record(finished, method, model):
     assert (record.method, record.model, record.task, record.scale) == (method, model, "movies", "local")
     assert [row["step"] for row in record.loss_curve] == [1, 2, 3, 4]
     assert all({"loss", "learning_rate", "grad_norm", "tokens", "seconds"} <= set(row) for row in record.loss_curve)
-    assert record.metrics["accuracy"]["n"] == 16 and 0 <= record.metrics["accuracy"]["value"] <= 100
+    assert record.metrics["accuracy"]["n"] == 16 and 0 <= record.metrics["accuracy"]["value"] <= 1
     assert all(cell["n"] == 16 and math.isfinite(cell["value"]) for cell in record.metrics.values())
 
     promise = "shift" if method == "lora_one" else "identity"
