@@ -56,17 +56,15 @@ def expand(overrides: Sequence[str]) -> list[PlannedRun]:
     scale, name = sweep["scale"]["name"], sweep["experiment"]["name"]
     if scale not in sweep["experiment"]:
         raise SetupError(f"experiment={name} has no scale={scale}: its file conf/experiment/{name}.yaml says which")
-    for override in sweep["overrides"]:
-        if override.partition("=")[0] in ("seed", "train.learning_rate"):
-            raise SetupError(
-                f"overrides holds {override}, which the sweep sets itself: edit conf/experiment/{name}.yaml"
-            )
+    fixed = {override.partition("=")[0] for override in sweep["overrides"]}
+    if "seed" in fixed:
+        raise SetupError("overrides sets seed, which a sweep counts itself: use seeds=<how many>")
     table = sweep["experiment"][scale]
     cells = [
         (composed, chosen, rate)
         for task, (method, settings) in itertools.product(table["tasks"], table["methods"].items())
         for composed, chosen in [_compose(sweep, task, method, settings)]
-        for rate in _rates(method, settings)
+        for rate in ([None] if "train.learning_rate" in fixed else _rates(method, settings))
     ]
     return [
         _planned(composed, chosen, seed, rate)
@@ -95,10 +93,14 @@ def _compose(
     return compose_config(ordered), ordered
 
 
-def _planned(composed: DictConfig, chosen: tuple[str, ...], seed: int, rate: float) -> PlannedRun:
+def _planned(composed: DictConfig, chosen: tuple[str, ...], seed: int, rate: float | None) -> PlannedRun:
+    """The cell with one seed and one learning rate; None leaves the rate that an override of the sweep has set."""
     cell = copy.deepcopy(composed)
-    cell.seed, cell.train.learning_rate = seed, rate
-    return PlannedRun((*chosen, f"train.learning_rate={rate}", f"seed={seed}"), parse(resolve(cell)))
+    cell.seed = seed
+    if rate is not None:
+        cell.train.learning_rate = rate
+        chosen = (*chosen, f"train.learning_rate={rate}")
+    return PlannedRun((*chosen, f"seed={seed}"), parse(resolve(cell)))
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -128,6 +128,7 @@ def test_an_override_of_the_sweep_wins_over_the_table(nothing_loads, one_task):
         (["experiment=glue", "sedes=3"], "sedes"),
         (['overrides=["train.max_stepz=3"]'], "max_stepz"),
         (["overrides=[train.max_steps=3]"], "overrides"),
+        (['overrides=["seed=3"]'], "seeds=<how many>"),
         (["+experiment.local.methods.lora.rate=1"], "learning_rate"),
         (["~experiment.local"], "scale=local"),
     ],

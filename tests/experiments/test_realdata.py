@@ -29,4 +29,6 @@ def test_real_rows_train_and_score(task: str, model: str, protocol: str, tmp_pat
     assert record.metrics["accuracy"]["n"] == 24
     assert record.data["train"]["n"] > 3000
     if task == "qnli":
-        assert any("dev" in note for note in record.data["notes"]), record.data["notes"]
+        assert any("no train file" in note and "60/20/20" in note for note in record.data["notes"]), record.data[
+            "notes"
+        ]
