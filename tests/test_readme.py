@@ -1,4 +1,4 @@
-"""Proves that the README does not rot: its links exist, its commands compose, its make targets are there."""
+"""Proves that the README does not rot: links, commands and make targets exist, its numbers are the committed ones."""
 
 import re
 import shlex
@@ -8,6 +8,7 @@ import pytest
 
 from experiments.config import load_config
 from experiments.plan import expand
+from experiments.report.__main__ import main as report
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -38,3 +39,19 @@ def test_make_targets_exist() -> None:
     targets = set(re.findall(r"make ([a-z-]+)", README))
     assert "reproduce-glue" in targets and "test" in targets
     assert [target for target in targets if not re.search(rf"^{target}:", makefile, re.M)] == []
+
+
+def test_the_local_table_is_the_committed_one() -> None:
+    page = (ROOT / "results/baseline/glue-local/tables/glue-local.md").read_text()
+    rows = [line for line in page.splitlines() if "| ours |" in line]
+    assert len(rows) == 5
+    assert [row for row in rows if row not in README] == []
+
+
+def test_the_committed_records_give_the_committed_table(tmp_path: Path) -> None:
+    settings = [f"{key}={value}" for key, value in (("records", "results/baseline"), ("baseline", "results/none"))]
+    assert report(["experiment=glue", *settings, f"out={tmp_path}"]) == 0
+    committed = ROOT / "results/baseline/glue-local/tables"
+    names = sorted(path.name for path in committed.iterdir())
+    assert len(names) == 3
+    assert all((tmp_path / "tables" / name).read_bytes() == (committed / name).read_bytes() for name in names)
