@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import logging
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -245,8 +246,9 @@ def compose_config(overrides: Sequence[str], name: str = "config") -> DictConfig
         ) from error
     except (HydraException, OmegaConfBaseException) as error:
         text = " ".join(str(error).split())
+        unknown = re.match(r"Could not override '([^']+)'\. To append", text)
         raise SetupError(
-            text.replace(" To append to your config use", " (no such key); Hydra suggests")[:300]
+            f"unknown key {unknown[1]}: see conf/ for the known ones" if unknown else text[:300]
         ) from error
 
 
