@@ -108,7 +108,7 @@ class PairOptimizer(torch.optim.Optimizer):
         super().__init__([p for A, B, _ in pairs for p in (A, B)], defaults)
 
     def _update(self, batch: PairBatch, rows: slice, group: dict[str, Any]) -> None:
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} does not say how its pairs move")
 
     def _state_shapes(self, batch: PairBatch) -> dict[nn.Parameter, torch.Size]:
         """Shape of the moments kept under a parameter; factor-size by default."""
