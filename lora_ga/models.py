@@ -82,7 +82,7 @@ class Loaded:
 
 @functools.cache
 def _converted_gguf(name: str) -> Path:
-    """The GGUF asset as a transformers folder (float32, exact), converted once: it loads in a tenth of the time."""
+    """The GGUF asset as a transformers folder (float32, exact), converted once: parsing it takes seconds."""
     gguf = asset(name)
     digest = hashlib.sha256(gguf.read_bytes()).hexdigest()
     folder = cache_folder("models", f"{gguf.stem}-{digest[:12]}")

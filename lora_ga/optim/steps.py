@@ -71,7 +71,7 @@ class AdamW(Steps):
             betas=(self.betas[0], self.betas[1]),
             eps=self.eps,
             weight_decay=weight_decay,
-            fused=True,  # one pass over the moments: a third of the time of full fine-tuning's step on a CPU
+            fused=True,  # one pass over the moments, which is most of full fine-tuning's step on a CPU
         )
 
 
