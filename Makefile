@@ -1,8 +1,10 @@
-# The two commands of the README: make reproduce-glue, make test. Everything sets itself up; a second call skips what is done.
+# The two commands of the README: make reproduce-glue, make test. Everything sets itself up; a second call skips what is
+# done.
 SHELL := /bin/bash
 PYTHON ?= python3
 SCALE ?= local
 SEEDS ?=
+EXPERIMENT ?= glue
 # Where torch comes from, e.g. TORCH_INDEX=https://download.pytorch.org/whl/cpu to leave the CUDA packages out.
 TORCH_INDEX ?=
 VENV := .venv
@@ -10,7 +12,14 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup assets reproduce-glue report plan lint test test-fast clean
+# One table: its runs, then its page, whether or not every run finished.
+TABLES := glue math code chat
+define reproduce
+@$(PY) -m experiments.sweep experiment=$(1) scale=$(SCALE) $(if $(SEEDS),seeds=$(SEEDS)) $(2); status=$$?; \
+$(PY) -m experiments.report experiment=$(1) scale=$(SCALE) && exit $$status
+endef
+
+.PHONY: help setup assets reproduce $(TABLES:%=reproduce-%) report plan lint test test-fast clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -26,15 +35,27 @@ $(READY): pyproject.toml
 assets: setup ## pinned data files into the user cache
 	@$(PY) -m lora_ga.data.assets
 
+reproduce: ## all four tables, one after another
+	@status=0; for table in $(TABLES); do $(MAKE) reproduce-$$table || status=1; done; exit $$status
+
 reproduce-glue: assets ## the GLUE table: SCALE=local (default) or paper, SEEDS=3 for three seeds
-	@$(PY) -m experiments.sweep experiment=glue scale=$(SCALE) $(if $(SEEDS),seeds=$(SEEDS)); status=$$?; \
-	$(PY) -m experiments.report experiment=glue scale=$(SCALE) && exit $$status
+	$(call reproduce,glue)
 
-report: setup ## tables and figures from your records, nothing trained
-	@$(PY) -m experiments.report experiment=glue scale=$(SCALE)
+reproduce-math: assets ## the math table: word problems here, MetaMathQA and GSM8K at paper scale
+	$(call reproduce,math)
 
-plan: setup ## the runs of the GLUE table, nothing executed
-	@$(PY) -m experiments.plan experiment=glue scale=$(SCALE) $(if $(SEEDS),seeds=$(SEEDS))
+reproduce-code: assets ## the code table with HumanEval; RUNS PROGRAMS THE MODEL WRITES, isolated as eval/sandbox.py says
+	@echo "reproduce-code consents to running programs that the model writes (eval.run_code=true); see eval/sandbox.py"
+	$(call reproduce,code,'overrides=["eval.run_code=true"]')
+
+reproduce-chat: assets ## the chat table; MT-Bench only where a judge is configured
+	$(call reproduce,chat)
+
+report: setup ## tables and figures of EXPERIMENT (glue) from your records, nothing trained
+	@$(PY) -m experiments.report experiment=$(EXPERIMENT) scale=$(SCALE)
+
+plan: setup ## the runs of EXPERIMENT (glue), nothing executed
+	@$(PY) -m experiments.plan experiment=$(EXPERIMENT) scale=$(SCALE) $(if $(SEEDS),seeds=$(SEEDS))
 
 lint: setup ## style and types
 	$(VENV)/bin/ruff check .

@@ -11,15 +11,32 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException, OverrideParseException
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import PositiveInt, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
+from eval.decoding import Decoding
+from experiments.settings import (
+    Answers,
+    Benchmark,
+    ChatAnswers,
+    CodeAnswers,
+    EvalSettings,
+    GradientSettings,
+    Launcher,
+    Logger,
+    MathAnswers,
+    Plain,
+    Prompt,
+    Protocol,
+    Seeds,
+    Task,
+)
 from lora_ga.errors import SetupError
 from lora_ga.methods.base import Method
 from lora_ga.models import ModelSpec
@@ -32,91 +49,8 @@ CONF = ROOT / "conf"
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """Which rows, how many, and the metric of the table."""
-
-    name: str
-    source: Literal["local", "glue"]
-    metric: str
-    sizes: Mapping[str, int | None]
-    max_length: PositiveInt
-    data_root: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prompt:
-    """A template over the row's fields, and the words that stand for the labels."""
-
-    template: str
-    labels: tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Protocol:
-    """What makes two papers' numbers differ though method and task are the same."""
-
-    name: str
-    prompts: Mapping[str, Prompt]
-
-
-@dataclass(frozen=True, kw_only=True)
-class GradientSettings:
-    """The rows behind the one-step gradient: the first batch_size x batches of the training set."""
-
-    batch_size: PositiveInt
-    batches: PositiveInt
-    dropout: bool
-    cache: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalSettings:
-    """What is scored after training."""
-
-    split: Literal["validation", "test"]
-    limit: PositiveInt | None
-    batch_size: PositiveInt
-
-
-@dataclass(frozen=True, kw_only=True)
-class Seeds:
-    """Three sources of chance, apart."""
-
-    data: int
-    adapter: int
-    generation: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Logger:
-    """Where a copy of the run goes."""
-
-    name: Literal["none", "wandb"]
-    mode: Literal["offline", "online"] = "offline"
-    project: str = "lora-repro"
-    entity: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plain:
-    """The keys of conf/config.yaml that belong to no group."""
-
-    experiment_name: str
-    seed: int
-    records: str
-    outputs: str
-    export: bool
-
-
-GROUPS = ("scale", "model", "task", "protocol", "method", "train", "eval", "launcher", "logger", "seeds")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Launcher:
-    """What starts the processes; one process is all there is so far."""
-
-    name: Literal["none"]
+GROUPS = ("scale", "model", "task", "protocol", "scoring", "method", "train", "eval", "launcher", "logger", "seeds")
+MEANS = ("batch_size", "generation_batch_size", "run_code", "code_workers")  # keys of eval that change no number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +61,7 @@ class RunConfig:
     model: ModelSpec
     task: Task
     protocol: Protocol
+    scoring: Protocol
     method_name: str
     method: Method
     train: TrainSettings
@@ -148,15 +83,38 @@ class RunConfig:
 
     @property
     def run_id(self) -> str:
-        part = {key: self.resolved[key] for key in ("scale", "model", "protocol", "method", "train", "seeds")}
+        """Hash of all that can change the run's numbers."""
+        scored = {k: v for k, v in self.resolved["eval"].items() if k not in MEANS}
         task = {k: v for k, v in self.resolved["task"].items() if k != "data_root"}
-        scored = {k: v for k, v in self.resolved["eval"].items() if k != "batch_size"}
-        part["protocol"] = {"name": self.protocol.name, "prompt": self.resolved["protocol"]["prompts"][self.task.name]}
-        return content_hash({**part, "task": task, "eval": scored})
+        part = {**self._trained_part, "task": task, "seeds": self.resolved["seeds"], "eval": scored}
+        if self.task.kind == "generation":
+            part["scoring"] = {"name": self.scoring.name, "answers": self.resolved["scoring"]["answers"]}
+        return content_hash(part)
+
+    @property
+    def train_id(self) -> str:
+        """Hash of all that can change the trained weights: runs that share it share one training."""
+        return content_hash(self._trained_part)
+
+    @property
+    def _trained_part(self) -> dict[str, Any]:
+        raw = self.resolved
+        part = {key: raw[key] for key in ("scale", "model", "method", "train")}
+        part["seeds"] = {key: raw["seeds"][key] for key in ("data", "adapter")}
+        part["task"] = {key: raw["task"][key] for key in ("name", "source", "sizes", "max_length")}
+        part["task"]["max_tokens"] = self.task.max_tokens
+        part["protocol"] = {"name": self.protocol.name, "prompt": raw["protocol"]["prompts"][self.task.name]}
+        return part
 
     @property
     def protocol_hash(self) -> str:
-        return content_hash(self.resolved["protocol"])
+        return content_hash([self.resolved["protocol"], self.resolved["scoring"]])
+
+    @property
+    def benchmarks(self) -> dict[str, Benchmark]:
+        """The benchmarks to run: those of the task, or the ones eval.benchmarks names."""
+        chosen = self.eval.benchmarks
+        return {name: b for name, b in self.task.benchmarks.items() if chosen is None or name in chosen}
 
     @property
     def records_folder(self) -> Path:
@@ -195,20 +153,46 @@ def _build_target(base: type[T], values: Mapping[str, Any], where: str) -> T:
     return _build(kind, settings, where)
 
 
+def _task(raw: Mapping[str, Any]) -> Task:
+    benchmarks = {k: _build(Benchmark, v, f"task.benchmarks.{k}") for k, v in raw.get("benchmarks", {}).items()}
+    return _build(Task, {**raw, "benchmarks": benchmarks}, "task")
+
+
+def _protocol(raw: Mapping[str, Any], where: str) -> Protocol:
+    kinds = {"math": MathAnswers, "code": CodeAnswers, "chat": ChatAnswers}
+    answers: dict[str, Any] = {}
+    for key, values in raw["answers"].items():
+        if key not in kinds:
+            raise SetupError(f"unknown key {where}.answers.{key}; known keys: {', '.join(kinds)}")
+        at = f"{where}.answers.{key}"
+        decoding = _build(Decoding, values["decoding"], f"{at}.decoding")
+        decoding.check()
+        answers[key] = _build(kinds[key], {**values, "decoding": decoding}, at)
+    prompts = {k: _build(Prompt, v, f"{where}.prompts.{k}") for k, v in raw["prompts"].items()}
+    return _build(Protocol, {**raw, "answers": Answers(**answers), "prompts": prompts}, where)
+
+
+def require_consent(config: RunConfig) -> None:
+    """SetupError unless the configuration allows the programs that a benchmark would run."""
+    code = [name for name, benchmark in config.benchmarks.items() if benchmark.kind == "code"]
+    if code and not config.eval.run_code:
+        raise SetupError(
+            f"{code[0]} runs programs that the model writes: allow it with eval.run_code=true (eval/sandbox.py says what "
+            "the isolation covers), or leave it out with eval.benchmarks=[]"
+        )
+
+
 def parse(raw: Mapping[str, Any]) -> RunConfig:
     """Typed settings from a resolved configuration; SetupError, in one line, for anything wrong in it."""
     method = {k: v for k, v in raw["method"].items() if k != "name"}
     train = {k: v for k, v in raw["train"].items() if k != "gradient"}
-    protocol = {
-        **raw["protocol"],
-        "prompts": {k: _build(Prompt, v, f"protocol.prompts.{k}") for k, v in raw["protocol"]["prompts"].items()},
-    }
     plain = _build(Plain, {k: v for k, v in raw.items() if k not in GROUPS}, "")
     config = RunConfig(
         scale=raw["scale"]["name"],
         model=_build(ModelSpec, raw["model"], "model"),
-        task=_build(Task, raw["task"], "task"),
-        protocol=_build(Protocol, protocol, "protocol"),
+        task=_task(raw["task"]),
+        protocol=_protocol(raw["protocol"], "protocol"),
+        scoring=_protocol(raw["scoring"], "scoring"),
         method_name=raw["method"]["name"],
         method=_build_target(Method, method, "method"),
         train=_build(TrainSettings, train, "train"),
@@ -224,8 +208,14 @@ def parse(raw: Mapping[str, Any]) -> RunConfig:
         export=plain.export,
         resolved=raw,
     )
+    if config.eval.judge is not None:
+        config.eval.judge.check()
     config.model.check()
     config.train.check()
+    unknown = set(config.eval.benchmarks or ()) - set(config.task.benchmarks)
+    if unknown:
+        known = ", ".join(config.task.benchmarks) or "none"
+        raise SetupError(f"eval.benchmarks names {sorted(unknown)[0]}, task={config.task.name} has {known}")
     if config.task.name not in config.protocol.prompts:
         raise SetupError(
             f"protocol={config.protocol.name} has no prompt for task={config.task.name}; "

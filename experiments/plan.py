@@ -33,7 +33,8 @@ class PlannedRun:
     @property
     def label(self) -> str:
         run = self.config
-        return f"{run.task.name} {run.method_name} lr={run.train.learning_rate:g} seed={run.seed}"
+        scored = "" if run.scoring.name == run.protocol.name else f" scored under {run.scoring.name}"
+        return f"{run.task.name} {run.method_name} lr={run.train.learning_rate:g} seed={run.seed}{scored}"
 
     @property
     def state(self) -> str:
@@ -60,10 +61,11 @@ def expand(overrides: Sequence[str]) -> list[PlannedRun]:
     if "seed" in fixed:
         raise SetupError("overrides sets seed, which a sweep counts itself: use seeds=<how many>")
     table = sweep["experiment"][scale]
+    protocols = [[f"protocol@scoring={name}"] for name in table.get("scored_under", ())] or [[]]
     cells = [
         (composed, chosen, rate)
-        for task, (method, settings) in itertools.product(table["tasks"], table["methods"].items())
-        for composed, chosen in [_compose(sweep, task, method, settings)]
+        for task, (method, settings), scored in itertools.product(table["tasks"], table["methods"].items(), protocols)
+        for composed, chosen in [_compose(sweep, (f"task={task}", f"method={method}", *scored), settings)]
         for rate in ([None] if "train.learning_rate" in fixed else _rates(method, settings))
     ]
     return [
@@ -74,14 +76,13 @@ def expand(overrides: Sequence[str]) -> list[PlannedRun]:
 
 
 def _compose(
-    sweep: Mapping[str, Any], task: str, method: str, settings: Mapping[str, Any]
+    sweep: Mapping[str, Any], cell: Sequence[str], settings: Mapping[str, Any]
 ) -> tuple[DictConfig, tuple[str, ...]]:
-    """One method on one task, and the overrides that say so; slow, so done once for all seeds and rates."""
+    """One cell's task, method and protocol, and the overrides that say so; slow, so done once for seeds and rates."""
     chosen = (
         f"scale={sweep['scale']['name']}",
         *sweep["experiment"][sweep["scale"]["name"]]["overrides"],
-        f"task={task}",
-        f"method={method}",
+        *cell,
         f"experiment_name={sweep['experiment']['name']}",
         f"records={sweep['records']}",
         f"outputs={sweep['outputs']}",
@@ -111,7 +112,7 @@ def main(arguments: Sequence[str]) -> None:
         for run in runs:
             c = run.config
             print(
-                f"{c.task.name:<15}{c.method_name:<20}{c.model.name:<14}{c.protocol.name:<10}"
+                f"{c.task.name:<15}{c.method_name:<20}{c.model.name:<14}{c.scoring.name:<10}"
                 f"{c.train.learning_rate:>9g}{c.seed:>6}  {c.run_id:<14}{run.state}"
             )
         finished = sum(run.state == "finished" for run in runs)

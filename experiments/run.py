@@ -12,20 +12,22 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from experiments.config import CONF, RunConfig, load_config, one_line_errors, parse, resolve
-from experiments.stages import Gradients, Rows, at_start, begin_record, encoded_rows, finish, keep_freed_memory, score
+from experiments.config import CONF, RunConfig, load_config, one_line_errors, parse, require_consent, resolve
+from experiments.rows import Encoded, Rows
+from experiments.scoring import score
+from experiments.stages import Gradients, at_start, begin_record, finish, keep_freed_memory, train_once
 from lora_ga.methods.base import Setup
 from lora_ga.models import load_model, target_shapes
 from lora_ga.records import RunRecord
-from lora_ga.training import adapter_report, check_start, train
+from lora_ga.training import check_start
 
 
 def execute(config: RunConfig, record: RunRecord, rows: Rows) -> None:
     """Load, start, train, score; what is learnt on the way goes into the record as it comes."""
     clock = time.perf_counter()
     loaded = load_model(config.model)
-    ids, collator, decoder_start = encoded_rows(config, loaded, rows)
-    gradients = Gradients(config, loaded, ids, collator)
+    encoded = Encoded.of(config, loaded, rows)
+    gradients = Gradients(config, loaded, encoded)
     probe = gradients.batches()[0]
     before, loss_before = at_start(config, loaded.model, probe)
 
@@ -34,7 +36,7 @@ def execute(config: RunConfig, record: RunRecord, rows: Rows) -> None:
         target_modules=config.model.target_modules,
         gradients=gradients,
         seed=config.seeds.adapter,
-        total_steps=config.train.total_steps(len(ids)),
+        total_steps=config.train.total_steps(len(encoded.train)),
         full_precision=config.train.autocast is None,
     )
     model = config.method.prepare(loaded.model, setup)
@@ -43,24 +45,18 @@ def execute(config: RunConfig, record: RunRecord, rows: Rows) -> None:
     after, loss_after = at_start(config, model, probe)
     record.step0 = {**check_start(config.method, before, after), "loss_before": loss_before, "loss_after": loss_after}
 
-    output = config.outputs / config.run_id
-    result, moved = train(model, ids, collator, config.method, config.train, output_dir=output, seed=config.seeds.data)
-    record.loss_curve, record.adapters = result.loss_curve, {**moved, **adapter_report(model)}
-    record.cost |= {
-        "train_seconds": result.seconds,
-        "trainable_parameters": result.trainable_parameters,
-        "optimizer_state_mb": result.optimizer_state_mb,
-    }
+    train_once(config, record, model, encoded)
     started = time.perf_counter()
-    record.metrics = score(config, model, loaded.tokenizer, rows, decoder_start)
+    record.metrics = score(config, record, loaded, model, rows, encoded)
     record.cost["eval_seconds"] = time.perf_counter() - started
     record.cost["total_seconds"] = time.perf_counter() - clock
     if config.export:
-        config.method.export(model, output / "export")
+        config.method.export(model, config.outputs / config.run_id / "export")
 
 
 def run(config: RunConfig) -> Path:
     """Refuse what cannot work, then execute and leave a record whatever happens; returns the record's path."""
+    require_consent(config)
     config.method.check(target_shapes(config.model))
     rows = Rows.load(config)
     record = begin_record(config, rows)

@@ -1,4 +1,4 @@
-"""The pieces of one run that need more than a line: rows, the one-step gradient, the scoring, the record's frame."""
+"""The pieces of one run that need more than a line: the one-step gradient, the training, the record's frame."""
 
 from __future__ import annotations
 
@@ -16,66 +16,20 @@ from typing import Any
 
 import torch
 
-from eval.base import classification_metrics
-from eval.glue import classify
 from experiments.config import RunConfig
+from experiments.rows import Encoded, Rows
 from experiments.tracking import tracked
+from experiments.trained import fingerprint, restore, save
 from lora_ga.adapters import target_linears
 from lora_ga.cache import cache_folder
-from lora_ga.data.encoding import Collator, EncodedRows, encode_rows
-from lora_ga.data.tasks import Example, TaskData, load_task, render
-from lora_ga.errors import SetupError
 from lora_ga.gradients import cached_gradients, estimate_gradients
-from lora_ga.losses import mean_token_loss, scored_logits
+from lora_ga.losses import held_out_loss, mean_token_loss, scored_logits
 from lora_ga.models import Loaded
 from lora_ga.records import RunRecord, capture_environment, content_hash, record_name, write_record
-from lora_ga.training import Diverged
+from lora_ga.training import Diverged, adapter_report, train
 
 DROPOUT_SEED = 0  # of the one-step gradient; with the run's own seed every run would estimate anew
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # glibc malloc.h
-
-
-@dataclass(frozen=True)
-class Rows:
-    """A task's training rows as (prompt, target) and the rows to score."""
-
-    data: TaskData
-    train: list[tuple[str, str]]
-    scored: list[Example]
-    scored_prompts: list[str]
-
-    @classmethod
-    def load(cls, config: RunConfig) -> Rows:
-        """Read the task and put the protocol's prompt around each row."""
-        task = config.task
-        data = load_task(task.source, task.name, sizes=task.sizes, data_root=task.data_root)
-        template, words, labels = config.prompt.template, config.prompt.labels, len(data.labels)
-        scored = list(data.splits[config.eval.split])[: config.eval.limit]
-        for split in ("train", config.eval.split):
-            if not data.splits[split]:
-                raise SetupError(f"task={task.name} has no {split} rows: set task.sizes.{split} to a number, or null")
-        return cls(
-            data=data,
-            train=[render(template, words, row, label_count=labels) for row in data.splits["train"]],
-            scored=scored,
-            scored_prompts=[render(template, words, row, label_count=labels)[0] for row in scored],
-        )
-
-    def describe(self, config: RunConfig) -> dict[str, Any]:
-        """What the record says of the data."""
-        gold = [row.label for row in self.scored]
-        return {
-            "train": {"n": len(self.train), "sha256": self.data.fingerprint("train")},
-            "scored": {
-                "split": config.eval.split,
-                "n": len(gold),
-                "of": len(self.data.splits[config.eval.split]),
-                "sha256": self.data.fingerprint(config.eval.split),
-            },
-            "majority_rate": max(gold.count(label) for label in set(gold)) / len(gold),
-            "labels": list(config.prompt.labels),
-            "notes": list(self.data.notes),
-        }
 
 
 @dataclass
@@ -84,16 +38,15 @@ class Gradients:
 
     config: RunConfig
     loaded: Loaded
-    rows: EncodedRows
-    collator: Collator
+    encoded: Encoded
     report: dict[str, Any] = field(default_factory=dict)
 
     def batches(self) -> list[dict[str, torch.Tensor]]:
         """The first batch_size x batches training rows, unshuffled, as in the papers' code."""
         settings = self.config.gradient
         size = settings.batch_size
-        taken = self.rows.rows[: size * settings.batches]
-        return [self.collator(taken[i : i + size]) for i in range(0, len(taken), size)]
+        taken = self.encoded.train.rows[: size * settings.batches]
+        return [self.encoded.collator(taken[i : i + size]) for i in range(0, len(taken), size)]
 
     def __call__(self) -> dict[str, torch.Tensor]:
         config, settings = self.config, self.config.gradient
@@ -137,24 +90,6 @@ def at_start(config: RunConfig, model: torch.nn.Module, batch: dict[str, torch.T
     return logits, loss
 
 
-def score(config: RunConfig, model: torch.nn.Module, tokenizer: Any, rows: Rows, start: int | None) -> dict[str, Any]:
-    """Metrics on the rows to score, each with the number of rows behind it."""
-    gold = [row.label for row in rows.scored]
-    result = classify(
-        model,
-        tokenizer,
-        rows.scored_prompts,
-        config.prompt.labels,
-        gold,
-        architecture=config.model.architecture,
-        max_length=config.task.max_length,
-        batch_size=config.eval.batch_size,
-        autocast=config.train.autocast_dtype,
-        decoder_start_token_id=start,
-    )
-    return classification_metrics(result, gold, len(config.prompt.labels))
-
-
 def keep_freed_memory() -> None:
     """Let glibc keep what training frees at every step, or full fine-tuning faults its gradients in anew each time."""
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
@@ -171,12 +106,40 @@ def peak_memory_mb() -> float:
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
-def encoded_rows(config: RunConfig, loaded: Loaded, rows: Rows) -> tuple[EncodedRows, Collator, int | None]:
-    """Training rows as ids, the collator of this architecture, and T5's first decoder token."""
-    start = getattr(loaded.model.config, "decoder_start_token_id", None)
-    kind = config.model.architecture
-    ids = encode_rows(loaded.tokenizer, rows.train, kind, config.task.max_length)
-    return EncodedRows(ids), Collator(kind, loaded.tokenizer.pad_token_id, start), start
+def train_once(config: RunConfig, record: RunRecord, model: torch.nn.Module, encoded: Encoded) -> None:
+    """Train, or take the same training's kept parameters; curve, costs and adapters go into the record."""
+    settings = config.train
+
+    def held_out() -> float:
+        rows = encoded.held_out[: settings.held_out_rows]
+        size, autocast = config.eval.batch_size, settings.autocast_dtype
+        return held_out_loss(model, rows, encoded.collator, batch_size=size, autocast=autocast)
+
+    keep = config.outputs / "trained" / config.train_id if config.benchmarks else None
+    start = fingerprint(model) if keep else ""
+    if keep and restore(keep, model, record, start):
+        return
+    if encoded.held_out:
+        record.step0["held_out_loss"] = held_out()
+    result, moved = train(
+        model,
+        encoded.train,
+        encoded.collator,
+        config.method,
+        settings,
+        output_dir=config.outputs / config.run_id,
+        seed=config.seeds.data,
+        held_out=held_out if encoded.held_out else None,
+    )
+    record.loss_curve, record.adapters = result.loss_curve, {**moved, **adapter_report(model)}
+    record.cost |= {
+        "train_seconds": result.seconds,
+        "trainable_parameters": result.trainable_parameters,
+        "optimizer_state_mb": result.optimizer_state_mb,
+        "peak_memory_mb": peak_memory_mb(),
+    }
+    if keep:
+        save(keep, model, record, start)
 
 
 def _now() -> str:
@@ -191,14 +154,14 @@ def begin_record(config: RunConfig, rows: Rows) -> RunRecord:
         scale=config.scale,
         model=config.model.name,
         task=config.task.name,
-        protocol=config.protocol.name,
+        protocol=config.scoring.name,
         protocol_hash=config.protocol_hash,
         method=config.method_name,
         seed=config.seed,
         learning_rate=config.train.learning_rate,
         config=dict(config.resolved),
         environment=capture_environment(),
-        data=rows.describe(config),
+        data=dict(rows.description),
         started_at=_now(),
     )
 
@@ -219,7 +182,7 @@ def finish(config: RunConfig, record: RunRecord) -> Iterator[Path]:
                 record.status, record.loss_curve = "diverged", error.curve
             record.error = f"{type(error).__name__}: {error}"
             traceback.print_exc()
-        record.cost["peak_memory_mb"] = peak_memory_mb()
+        record.cost.setdefault("peak_memory_mb", peak_memory_mb())
         record.finished_at = _now()
         write_record(record, path)
     if record.status != "finished":

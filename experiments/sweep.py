@@ -19,7 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from experiments.config import ROOT, one_line_errors
+from experiments.config import ROOT, one_line_errors, require_consent
 from experiments.plan import PlannedRun, expand
 
 log = logging.getLogger(__name__)
@@ -77,7 +77,10 @@ def sweep(runs: Sequence[PlannedRun]) -> int:
 def main(arguments: Sequence[str]) -> int:
     """Command line; exit code 1 if a run did not finish."""
     with one_line_errors():
-        failed = sweep(expand(arguments))
+        runs = expand(arguments)
+        for run in runs:
+            require_consent(run.config)
+        failed = sweep(runs)
     if failed:
         log.error("%d runs did not finish; the same command tries them again", failed)
     return 1 if failed else 0

@@ -6,14 +6,14 @@ just those rows (a contiguous gather), so it works under PEFT, DDP and DeepSpeed
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lora_ga.data.encoding import IGNORED
+from lora_ga.data.encoding import IGNORED, Collator, EncodedRow
 
 
 @contextmanager
@@ -56,3 +56,29 @@ def mean_token_loss(
     """Mean cross-entropy over the batch's scored tokens."""
     logits, labels = scored_logits(model, batch, autocast)
     return F.cross_entropy(logits, labels)
+
+
+@torch.no_grad()
+def held_out_loss(
+    model: nn.Module,
+    rows: Sequence[EncodedRow],
+    collator: Collator,
+    *,
+    batch_size: int,
+    autocast: torch.dtype | None = None,
+) -> float:
+    """Mean cross-entropy over all target tokens of `rows`, in eval mode; the model's mode is restored."""
+    ordered = sorted(rows, key=lambda row: len(row.prompt) + len(row.target))
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    total, tokens = 0.0, 0
+    try:
+        for start in range(0, len(ordered), batch_size):
+            batch = {key: value.to(device) for key, value in collator(ordered[start : start + batch_size]).items()}
+            logits, labels = scored_logits(model, batch, autocast)
+            total += float(F.cross_entropy(logits, labels, reduction="sum"))
+            tokens += len(labels)
+    finally:
+        model.train(training)
+    return total / tokens

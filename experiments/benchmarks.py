@@ -1,0 +1,88 @@
+"""Benchmarks of one trained model: problems, prompts under the scoring protocol, answers, scores.
+
+Raw answers stay in <outputs>/generations as JSONL, named by what made them, so a killed scoring continues and another
+protocol that asks alike costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from torch import nn
+
+from eval import gsm8k
+from eval.decoding import Decoding, Generation
+from eval.generation import generate
+from experiments.chat import Answerer, run_mt_bench
+from experiments.config import RunConfig
+from experiments.settings import Benchmark
+from experiments.trained import fingerprint
+from lora_ga.data.tasks import Example, fill, load_task
+from lora_ga.errors import SetupError
+from lora_ga.merging import merged
+from lora_ga.models import Loaded
+from lora_ga.records import RunRecord
+
+Metrics = dict[str, dict[str, float]]
+
+
+def run_benchmarks(config: RunConfig, record: RunRecord, loaded: Loaded, model: nn.Module) -> Metrics:
+    """Score every benchmark; metrics are named <benchmark>/<metric>, and record.data says how they came about."""
+    if not config.benchmarks:
+        return {}
+    weights = f"{loaded.identity}+{config.train_id}+{fingerprint(model)}"
+    runners = {"math": _math, "chat": run_mt_bench}
+    found: Metrics = {}
+    reports = record.data.setdefault("benchmarks", {})
+    with merged(model) as whole:
+        for name, benchmark in config.benchmarks.items():
+            report: dict[str, Any] = {}
+
+            def answer(
+                prompts: Sequence[str], decoding: Decoding, report: dict[str, Any] = report
+            ) -> list[list[Generation]]:
+                answers, made = generate(
+                    whole,
+                    loaded.tokenizer,
+                    prompts,
+                    decoding,
+                    weights=weights,
+                    seed=config.seeds.generation,
+                    batch_size=config.eval.generation_batch_size,
+                    folder=config.outputs / "generations",
+                    engine=config.eval.engine,
+                )
+                report.setdefault("generation", []).append({**asdict(made), "path": made.path.name})
+                return answers
+
+            metrics = runners[benchmark.kind](config, benchmark, answer, report)
+            found |= {f"{name}/{key}": cell for key, cell in metrics.items()}
+            reports[name] = report
+            if "judge" in report:
+                record.data["judge"] = report["judge"]
+    return found
+
+
+def _limit(config: RunConfig, benchmark: Benchmark) -> int | None:
+    limits = [limit for limit in (config.eval.limit, benchmark.rows) if limit is not None]
+    return min(limits, default=None)
+
+
+def _problems(config: RunConfig, benchmark: Benchmark) -> list[Example]:
+    data = load_task(benchmark.source, benchmark.name, sizes={}, data_root=config.task.data_root)  # type: ignore[arg-type]
+    if not data.splits.get(benchmark.split):
+        raise SetupError(f"{benchmark.name} has no split {benchmark.split}: it has {', '.join(data.splits)}")
+    return list(data.splits[benchmark.split])[: _limit(config, benchmark)]
+
+
+def _math(config: RunConfig, benchmark: Benchmark, answer: Answerer, report: dict[str, Any]) -> Metrics:
+    """Exact match as the protocol reads it, and the three extractors side by side."""
+    asked = config.scoring.answers.math
+    problems = _problems(config, benchmark)
+    answers = answer([fill(asked.template, problem) for problem in problems], asked.decoding)
+    texts = [[sample.text for sample in samples] for samples in answers]
+    metrics = gsm8k.score(texts, [problem.fields["answer"] for problem in problems], markers=asked.markers)
+    report["cut_short"] = sum(sample.finish == "length" for samples in answers for sample in samples)
+    return {"exact_match": metrics[asked.extractor], **metrics}
