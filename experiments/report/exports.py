@@ -6,10 +6,11 @@ import csv
 import io
 from collections.abc import Sequence
 
+from experiments.report.columns import PERCENT
 from experiments.report.grid import Row
 from experiments.report.loading import PublishedRow
 from experiments.report.statistics import Summary
-from experiments.report.tables import AVERAGE, MainTable, difference, lines, status
+from experiments.report.tables import AVERAGE, MainTable, difference, headings, lines, status
 
 LATEX = {
     "\\": r"\textbackslash{}",
@@ -20,6 +21,7 @@ LATEX = {
     "°": r"$^\circ$",
     "†": r"$^\dagger$",
     "‡": r"$^\ddagger$",
+    "§": r"\S{}",
     "—": "--",
     "<": r"\textless{}",
     ">": r"\textgreater{}",
@@ -32,7 +34,7 @@ CSV_HEADER = (
     "origin",
     "status",
     "metric",
-    "mean_percent",
+    "mean_percent",  # and std_percent: without _percent where the table has other units
     "std_percent",
     "n",
     "ci95_low",
@@ -52,18 +54,10 @@ def escape(text: str) -> str:
     return "".join(LATEX.get(character, character) for character in text)
 
 
-def latex(table: MainTable, caption: str, label: str, notes: Sequence[str]) -> str:
-    """The main table as a LaTeX table that needs the packages booktabs and graphicx."""
-    header = ["method", "result", *table.grid.tasks, AVERAGE]
-    body: list[str] = []
-    printed = lines(table)
-    grouped = len(printed) > len(table.grid.rows)
-    previous = None
-    for line in printed:
-        body += [r"\addlinespace"] if grouped and previous not in (None, line.label) else []
-        name = "" if line.label == previous else line.label
-        body.append(" & ".join(escape(text) for text in (name, line.origin, *line.texts)) + r" \\")
-        previous = line.label
+def latex_table(
+    header: Sequence[str], body: Sequence[str], caption: str, label: str, notes: Sequence[str], words: int = 2
+) -> str:
+    """A LaTeX table of finished lines, its first `words` columns left-aligned; needs booktabs and graphicx."""
     content = [
         "% needs \\usepackage{booktabs} and \\usepackage{graphicx}",
         r"\begin{table}",
@@ -71,9 +65,9 @@ def latex(table: MainTable, caption: str, label: str, notes: Sequence[str]) -> s
         rf"\caption{{{escape(caption)}}}",
         rf"\label{{tab:{label}}}",
         r"\resizebox{\linewidth}{!}{%",
-        rf"\begin{{tabular}}{{ll{'r' * (len(header) - 2)}}}",
+        rf"\begin{{tabular}}{{{'l' * words}{'r' * (len(header) - words)}}}",
         r"\toprule",
-        " & ".join(map(escape, header)) + r" \\",
+        latex_line(header),
         r"\midrule",
         *body,
         r"\bottomrule",
@@ -82,6 +76,29 @@ def latex(table: MainTable, caption: str, label: str, notes: Sequence[str]) -> s
         r"\end{table}",
     ]
     return "\n".join(content) + "\n"
+
+
+def latex_line(texts: Sequence[str]) -> str:
+    return " & ".join(map(escape, texts)) + r" \\"
+
+
+def latex(table: MainTable, caption: str, label: str, notes: Sequence[str]) -> str:
+    """The main table in LaTeX."""
+    body: list[str] = []
+    printed = lines(table)
+    grouped = len(printed) > len(table.grid.rows)
+    previous = None
+    for line in printed:
+        body += [r"\addlinespace"] if grouped and previous not in (None, line.label) else []
+        body.append(latex_line(("" if line.label == previous else line.label, line.origin, *line.texts)))
+        previous = line.label
+    return latex_table(["method", "result", *headings(table)], body, caption, label, notes)
+
+
+def csv_lines(rows: Sequence[Sequence[str]]) -> str:
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows(rows)
+    return buffer.getvalue()
 
 
 def _numbers(summary: Summary | None) -> list[str]:
@@ -93,36 +110,36 @@ def _numbers(summary: Summary | None) -> list[str]:
 
 def _csv_ours(table: MainTable, row: Row) -> list[list[str]]:
     result = []
-    for task, cell in row.cells.items():
-        delta = difference(table, row, task)
+    for column, cell in row.cells.items():
+        delta = difference(table, row, column)
         counts = [str(cell.count("failed")), str(cell.count("diverged")), str(cell.random_level)]
-        metric = cell.entries[0].metric if cell.entries else ""
-        tail = ["" if delta is None else f"{delta:.4f}", "", "", ""]
-        start = [row.label, row.method, task, "ours", status(cell), metric]
+        tail = ["" if delta is None else f"{delta:.4f}", "", "", "", column.unit.words]
+        start = [row.label, row.method, column.task, "ours", status(cell), column.metric]
         result.append([*start, *_numbers(cell.summary), *counts, *tail])
-    start = [row.label, row.method, AVERAGE, "ours", "finished" if row.average else "incomplete", ""]
-    return [*result, [*start, *_numbers(row.average), *[""] * 7]]
+    if table.grid.averaged:
+        start = [row.label, row.method, AVERAGE.task, "ours", "finished" if row.average else "incomplete", ""]
+        result.append([*start, *_numbers(row.average), *[""] * 7, PERCENT.words])
+    return result
 
 
 def _csv_published(table: MainTable, row: PublishedRow) -> list[list[str]]:
     result = []
-    for task in (*table.grid.tasks, AVERAGE):
-        mean, std = row.cells.get(task, (None, None))
+    for column in (*table.grid.columns, *([AVERAGE] if table.grid.averaged else [])):
+        mean, std = row.cells.get(column, (None, None))
         numbers = ["" if x is None else f"{x:.2f}" for x in (mean, std)]
-        tail = [" ".join(row.source), str(row.from_memory).lower(), f"{row.confidence:g}"]
-        printed = "published" if mean is not None else "not known"
-        start = [row.method, row.method, task, row.title, printed, ""]
-        result.append([*start, *numbers, *[""] * 7, *tail])
+        tail = [" ".join(row.source), str(row.from_memory).lower(), f"{row.confidence:g}", column.unit.words]
+        start = [row.method, row.method, column.task, row.title, "published" if mean is not None else "not known"]
+        result.append([*start, column.metric, *numbers, *[""] * 7, *tail])
     return result
 
 
 def csv_text(table: MainTable) -> str:
-    """One line a cell: ours, then what the papers print."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(CSV_HEADER)
-    for row in table.grid.rows:
-        writer.writerows(_csv_ours(table, row))
-    for paper in table.published:
-        writer.writerows(_csv_published(table, paper))
-    return buffer.getvalue()
+    """One line a cell: ours, then what the papers print; a column `unit` where not everything is in percent."""
+    rows = [line for row in table.grid.rows for line in _csv_ours(table, row)]
+    rows += [line for paper in table.published for line in _csv_published(table, paper)]
+    header = [*CSV_HEADER, "unit"]
+    if all(column.unit is PERCENT for column in table.grid.columns):
+        header, rows = header[:-1], [line[:-1] for line in rows]
+    else:
+        header = [name.removesuffix("_percent") for name in header]
+    return csv_lines([header, *rows])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+from experiments.report.answers import answer_flags
 from experiments.report.grid import Grid, in_order, rate_text
 from experiments.report.loading import Entry
 from lora_ga.records import content_hash
@@ -18,7 +19,8 @@ def _places(pairs: Iterable[tuple[str, str]]) -> str:
 
 
 def _single_seed(grid: Grid) -> list[str]:
-    cells = [(row.label, cell) for row in grid.rows for cell in row.cells.values() if cell.summary]
+    cells = [(row.label, cell) for row in grid.rows for cell in row.tasks.values() if cell.finished]
+    cells = [(label, cell) for label, cell in cells if not cell.repeated_seeds]
     single = [(label, cell.task) for label, cell in cells if len(cell.finished) == 1]
     if not single:
         return []
@@ -27,7 +29,7 @@ def _single_seed(grid: Grid) -> list[str]:
 
 
 def _random_level(grid: Grid) -> list[str]:
-    found = [(row.label, cell) for row in grid.rows for cell in row.cells.values() if cell.random_level]
+    found = [(row.label, cell) for row in grid.rows for cell in row.tasks.values() if cell.random_level]
     if not found:
         return []
     where = _places((label, f"{cell.task} ({cell.random_level} of {len(cell.finished)} runs)") for label, cell in found)
@@ -57,7 +59,7 @@ def _ambiguous(grid: Grid) -> list[str]:
         f"Ambiguous: {row.label} on {cell.task} has a seed more than once, so no number is shown; keep one of "
         f"{', '.join(entry.file for entry in cell.entries)}."
         for row in grid.rows
-        for cell in row.cells.values()
+        for cell in row.tasks.values()
         if cell.repeated_seeds
     ]
 
@@ -65,7 +67,7 @@ def _ambiguous(grid: Grid) -> list[str]:
 def _row_settings(grid: Grid) -> list[str]:
     notes = []
     for row in grid.rows:
-        used = [cell for cell in row.cells.values() if cell.entries]
+        used = [cell for cell in row.tasks.values() if cell.entries]
         if len({cell.rates for cell in used}) > 1:
             each = ", ".join(f"{cell.task} {rate_text(cell.rates[0])}" for cell in used)
             notes.append(f"{row.label} has a learning rate for each task: {each}.")
@@ -77,7 +79,8 @@ def _row_settings(grid: Grid) -> list[str]:
 def _rows_hash(entry: Entry) -> str:
     """What a run saw and was scored on."""
     record = entry.record
-    task = {key: value for key, value in record.config["task"].items() if key != "data_root"}
+    left_out = ("data_root", "metric", "also")
+    task = {key: value for key, value in record.config["task"].items() if key not in left_out}
     prompts = (record.config.get("protocol") or {}).get("prompts") or {}
     splits = {name: (record.data.get(name) or {}).get("sha256") for name in ("train", "scored")}
     return content_hash([task, prompts.get(record.task), splits])
@@ -91,8 +94,6 @@ def _mixed_rows(grid: Grid) -> list[str]:
             notes.append(
                 f"Mixed data: the runs on {task} differ in rows, sizes or prompt; its column is no comparison."
             )
-        if len({entry.metric for entry in finished}) > 1:
-            notes.append(f"Mixed metrics in the column {task}.")
     return notes
 
 
@@ -130,7 +131,7 @@ def hardware(grid: Grid) -> list[str]:
 
 def flags(grid: Grid, skipped: Sequence[str]) -> list[str]:
     """All flags of a table, as sentences."""
-    notes = [*_single_seed(grid), *_random_level(grid), *_lost_runs(grid), *_ambiguous(grid)]
+    notes = [*_single_seed(grid), *_random_level(grid), *_lost_runs(grid), *_ambiguous(grid), *answer_flags(grid)]
     notes += [*_row_settings(grid), *_mixed_rows(grid), *_mixed(grid)]
     if skipped:
         notes.append(f"Left out, not readable as records of this table: {', '.join(skipped)}.")

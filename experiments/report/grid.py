@@ -1,14 +1,16 @@
-"""Records arranged as the table shows them: one row a method, one column a task, nothing chosen silently.
+"""Records arranged as the table shows them: a row for each method, a column for each task and metric.
 
-A method whose cells hold several learning rates, or several other settings, is split into one row for each.
+Nothing is chosen silently: a method whose cells hold several learning rates, or several other settings, is split into
+one row for each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from experiments.report.columns import GRADE, PERCENT, Column
 from experiments.report.loading import Entry, Plan
 from experiments.report.statistics import Summary, at_random_level, summarise
 from lora_ga.records import content_hash
@@ -55,10 +57,14 @@ def settings_hash(entry: Entry) -> str:
 
 @dataclass(frozen=True)
 class Cell:
-    """The runs of one row on one task."""
+    """The runs of one row on one task, and one metric of theirs."""
 
-    task: str
+    column: Column
     entries: tuple[Entry, ...]
+
+    @property
+    def task(self) -> str:
+        return self.column.task
 
     @cached_property
     def finished(self) -> tuple[Entry, ...]:
@@ -71,13 +77,15 @@ class Cell:
         return len(seeds) != len(set(seeds))
 
     @cached_property
-    def summary(self) -> Summary | None:
-        """Of the headline metric in percent over the finished seeds."""
-        return None if self.repeated_seeds else summarise([entry.percent for entry in self.finished])
-
-    @property
     def by_seed(self) -> dict[int, float]:
-        return {entry.record.seed: entry.percent for entry in self.finished}
+        """The metric, in the column's unit, of the finished runs that have it."""
+        values = {entry.record.seed: entry.shown(self.column.metric) for entry in self.finished}
+        return {seed: value for seed, value in values.items() if value is not None}
+
+    @cached_property
+    def summary(self) -> Summary | None:
+        """Of the metric over the seeds that have it."""
+        return None if self.repeated_seeds else summarise(list(self.by_seed.values()))
 
     def count(self, status: str) -> int:
         return sum(entry.record.status == status for entry in self.entries)
@@ -93,13 +101,13 @@ class Cell:
     @property
     def random_level(self) -> int:
         """How many finished runs are no better than always answering the most frequent label."""
-        return sum(_at_random_level(entry) for entry in self.finished)
+        return sum(_at_random_level(entry) for entry in self.finished) if self.column.unit is PERCENT else 0
 
-    def mean_metric(self, name: str) -> float | None:
-        """Mean over the finished seeds of another metric, None where a seed lacks it."""
-        values = [entry.record.metrics.get(name, {}).get("value") for entry in self.finished]
-        known = [value for value in values if value is not None]
-        return sum(known) / len(known) if known and len(known) == len(values) else None
+    @property
+    def untrusted(self) -> bool:
+        """Whether some of these are the grades of a judge that the record does not say to trust."""
+        graded = self.by_seed and self.column.unit is GRADE
+        return bool(graded) and not all(entry.judge.get("trusted") for entry in self.finished)
 
 
 def _at_random_level(entry: Entry) -> bool:
@@ -116,7 +124,8 @@ class Row:
     method: str
     rate: float | None
     settings: str | None
-    cells: dict[str, Cell]
+    columns: tuple[Column, ...]
+    runs: Mapping[str, tuple[Entry, ...]]
 
     @property
     def label(self) -> str:
@@ -126,7 +135,23 @@ class Row:
 
     @property
     def entries(self) -> list[Entry]:
-        return [entry for cell in self.cells.values() for entry in cell.entries]
+        return [entry for runs in self.runs.values() for entry in runs]
+
+    def cell(self, task: str, metric: str) -> Cell:
+        """Any metric of the runs on a task, a column of the table or not."""
+        return Cell(Column(task, metric), self.runs.get(task, ()))
+
+    @cached_property
+    def cells(self) -> dict[Column, Cell]:
+        return {column: Cell(column, self.runs[column.task]) for column in self.columns}
+
+    @cached_property
+    def tasks(self) -> dict[str, Cell]:
+        """For each task the cell of its first, the headline, metric."""
+        first: dict[str, Cell] = {}
+        for cell in self.cells.values():
+            first.setdefault(cell.task, cell)
+        return first
 
     @cached_property
     def average(self) -> Summary | None:
@@ -144,46 +169,71 @@ class Row:
 
 @dataclass(frozen=True)
 class Grid:
-    """All rows over the same tasks."""
+    """All rows over the same columns."""
 
-    tasks: tuple[str, ...]
+    columns: tuple[Column, ...]
     rows: tuple[Row, ...]
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(column.task for column in self.columns))
 
     @property
     def entries(self) -> list[Entry]:
         return [entry for row in self.rows for entry in row.entries]
 
+    @property
+    def averaged(self) -> bool:
+        """Whether every task has one metric and all are shares: only these have a meaningful average."""
+        return len(self.columns) == len(self.tasks) and all(column.unit is PERCENT for column in self.columns)
 
-def _several(entries: Sequence[Entry], tasks: Sequence[str], kind: str) -> bool:
-    """Whether some cell holds more than one learning rate ("rates") or set of settings ("settings")."""
-    cells = [Cell(task, tuple(entry for entry in entries if entry.record.task == task)) for task in tasks]
-    return any(len(getattr(cell, kind)) > 1 for cell in cells)
-
-
-def _rows_of(method: str, entries: Sequence[Entry], tasks: Sequence[str], planned: Sequence[float]) -> list[Row]:
-    rates: list[float | None] = [None]
-    if len(planned) > 1 or _several(entries, tasks, "rates"):
-        rates = sorted({*planned, *(entry.record.learning_rate for entry in entries)})  # type: ignore[assignment]
-    rows = []
-    for rate in rates:
-        mine = [entry for entry in entries if rate is None or entry.record.learning_rate == rate]
-        kinds: list[str | None] = [None]
-        if _several(mine, tasks, "settings"):
-            kinds = sorted(set(map(settings_hash, mine)))  # type: ignore[assignment]
-        for kind in kinds:
-            chosen = [entry for entry in mine if kind is None or settings_hash(entry) == kind]
-            cells = {task: Cell(task, tuple(e for e in chosen if e.record.task == task)) for task in tasks}
-            rows.append(Row(method, rate, kind, cells))
-    return rows
+    def heading(self, column: Column) -> str:
+        """The task, or its metric where a task has several."""
+        if self.averaged:
+            return column.task
+        return column.words if len(self.tasks) == 1 else f"{column.task}: {column.words}"
 
 
-def build_grid(entries: Sequence[Entry], plan: Plan, scale: str, also: Iterable[str] = ()) -> Grid:
-    """A row for every method with a record, in the plan or in `also`; a column for every task recorded or planned."""
-    tasks = in_order([*plan.tasks, *(entry.record.task for entry in entries)], TASKS[scale])
-    methods = in_order([*plan.rates, *also, *(entry.record.method for entry in entries)], METHODS)
+def _rows_of(
+    method: str, entries: Sequence[Entry], columns: tuple[Column, ...], planned: Sequence[float]
+) -> Iterable[Row]:
+    tasks = list(dict.fromkeys(column.task for column in columns))
+
+    def row(rate: float | None, kind: str | None) -> Row:
+        chosen = [
+            entry
+            for entry in entries
+            if rate in (None, entry.record.learning_rate) and (kind is None or settings_hash(entry) == kind)
+        ]
+        runs = {task: tuple(entry for entry in chosen if entry.record.task == task) for task in tasks}
+        return Row(method, rate, kind, columns, runs)
+
+    rates: list[float] = sorted({*planned, *(entry.record.learning_rate for entry in entries)})
+    several = len(planned) > 1 or any(len(cell.rates) > 1 for cell in row(None, None).tasks.values())
+    for rate in rates if several else [None]:
+        whole = row(rate, None)
+        if any(len(cell.settings) > 1 for cell in whole.tasks.values()):
+            yield from (row(rate, kind) for kind in sorted(set(map(settings_hash, whole.entries))))
+        else:
+            yield whole
+
+
+def build_grid(
+    entries: Sequence[Entry], plan: Plan, scale: str, methods: Iterable[str] = (), columns: Iterable[Column] = ()
+) -> Grid:
+    """A row for every method recorded, planned or in `methods`.
+
+    A column for every metric of every task recorded or, if it is not, planned; and those of `columns` on these tasks.
+    """
     ordered = sorted(entries, key=lambda entry: (entry.record.seed, entry.file))
-    rows = []
-    for method in methods:
+    tasks = in_order([*plan.tasks, *(entry.record.task for entry in entries)], TASKS[scale])
+    recorded = [Column(entry.record.task, metric) for entry in ordered for metric in entry.metrics]
+    known = {column.task for column in recorded}
+    planned = [Column(task, name) for task in tasks if task not in known for name in plan.tasks[task] or ("",)]
+    unsorted = dict.fromkeys([*recorded, *planned, *(column for column in columns if column.task in tasks)])
+    shown = tuple(sorted(unsorted, key=lambda column: tasks.index(column.task)))  # stable: metrics stay in their order
+    rows: list[Row] = []
+    for method in in_order([*plan.rates, *methods, *(entry.record.method for entry in entries)], METHODS):
         mine = [entry for entry in ordered if entry.record.method == method]
-        rows += _rows_of(method, mine, tasks, plan.rates.get(method, ()))
-    return Grid(tuple(tasks), tuple(rows))
+        rows += _rows_of(method, mine, shown, plan.rates.get(method, ()))
+    return Grid(shown, tuple(rows))

@@ -12,10 +12,18 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from experiments.report.columns import Column, unit
 from lora_ga.records import RunRecord, read_record
 
 log = logging.getLogger(__name__)
 STATUSES = ("finished", "failed", "diverged")
+# What a column of a paper's table measures; the other columns, GLUE's, are accuracy in every table we hold.
+PRINTED = {
+    "MT-Bench": "mt_bench/first_turn",
+    "HumanEval": "humaneval/pass@1",
+    "GSM8K": "gsm8k/exact_match",
+    "GSM8K direct": "gsm8k/exact_match",
+}
 
 
 @dataclass(frozen=True)
@@ -26,36 +34,49 @@ class Entry:
     record: RunRecord
 
     @property
-    def metric(self) -> str:
-        """Name of the task's headline metric."""
-        return self.record.config["task"]["metric"]
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the task's metrics, the headline metric first; none of a benchmark eval.benchmarks leaves out."""
+        config = self.record.config
+        names = (config["task"]["metric"], *(config["task"].get("also") or ()))
+        chosen = (config.get("eval") or {}).get("benchmarks")
+        return tuple(name for name in names if chosen is None or "/" not in name or name.partition("/")[0] in chosen)
 
     @property
     def finished(self) -> bool:
         return self.record.status == "finished"
 
+    def shown(self, metric: str) -> float | None:
+        """A metric in the unit it is printed in; None if the run has no such metric."""
+        value = self.record.metrics.get(metric, {}).get("value")
+        return None if value is None else unit(metric).factor * value
+
     @property
-    def percent(self) -> float:
-        """The headline metric of a finished run, in percent."""
-        return 100 * self.record.metrics[self.metric]["value"]
+    def judge(self) -> Mapping[str, Any]:
+        """What the record says of the judge that gave its grades; empty if there was none."""
+        settings = (self.record.config.get("eval") or {}).get("judge") or {}
+        return {**settings, **(self.record.data.get("judge") or {})}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Tasks and learning rates by method that conf/experiment/<name>.yaml asks for, and its footnotes; else empty."""
+    """What conf/experiment/<name>.yaml asks for: tasks with their metrics, learning rates by method, footnotes."""
 
-    tasks: tuple[str, ...]
+    tasks: Mapping[str, tuple[str, ...]]
     rates: Mapping[str, tuple[float, ...]]
     notes: tuple[str, ...] = ()
+    protocols: tuple[str, ...] = ()  # under which every trained model is scored, where there are several
+
+
+NO_PLAN = Plan({}, {})
 
 
 @dataclass(frozen=True)
 class PublishedRow:
-    """A row of a paper's table: `cells` maps our task names, and "average", to (mean, std)."""
+    """A row of a paper's table: (mean, std) of our columns, and of Column("average", "")."""
 
     method: str
     title: str
-    cells: Mapping[str, tuple[float | None, float | None]]
+    cells: Mapping[Column, tuple[float | None, float | None]]
     source: tuple[str, ...]
     from_memory: bool
     confidence: float
@@ -69,11 +90,14 @@ def _check(entry: Entry, experiment: str, scale: str) -> None:
     if record.status not in STATUSES:
         raise ValueError(f"unknown status {record.status!r}")
     try:
-        value = entry.percent if entry.finished else len(entry.metric)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"no headline metric ({error})") from error
-    if not math.isfinite(value):
-        raise ValueError("its headline metric is not finite")
+        values = [entry.shown(metric) for metric in entry.metrics]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"no metric in its task ({error})") from error
+    known = [value for value in values if value is not None]
+    if entry.finished and not known:
+        raise ValueError(f"finished without any of its task's metrics: {', '.join(entry.metrics)}")
+    if not all(map(math.isfinite, known)):
+        raise ValueError("a metric is not finite")
 
 
 def read_entries(folder: Path, experiment: str, scale: str) -> tuple[list[Entry], list[str]]:
@@ -96,14 +120,24 @@ def _yaml(path: Path) -> Any:
     return OmegaConf.to_container(OmegaConf.load(path))
 
 
+def _planned_metrics(path: Path) -> tuple[str, ...]:
+    """The metrics that conf/task/<task>.yaml names, none if there is no such file."""
+    try:
+        task = _yaml(path)
+        return (task["metric"], *(task.get("also") or ()))
+    except (OSError, KeyError, TypeError, OmegaConfBaseException):
+        return ()
+
+
 def read_plan(path: Path, scale: str) -> Plan:
     """The plan of one scale; an absent file, an absent scale or a file of another form plans nothing."""
     try:
         table = _yaml(path)[scale]
         rates = {name: tuple(map(float, settings["learning_rate"])) for name, settings in table["methods"].items()}
-        return Plan(tuple(table["tasks"]), rates, tuple(table.get("notes", ())))
+        tasks = {task: _planned_metrics(path.parents[1] / "task" / f"{task}.yaml") for task in table["tasks"]}
+        return Plan(tasks, rates, tuple(table.get("notes", ())), tuple(table.get("scored_under", ())))
     except (OSError, KeyError, TypeError, OmegaConfBaseException):
-        return Plan((), {})
+        return NO_PLAN
 
 
 def read_published(path: Path, experiment: str) -> tuple[list[PublishedRow], dict[str, str]]:
@@ -111,14 +145,21 @@ def read_published(path: Path, experiment: str) -> tuple[list[PublishedRow], dic
     content = _yaml(path)
     rows = []
     for table in content["tables"].values():
-        if table["experiment"] != experiment:
+        if experiment not in table["experiment"]:
             continue
-        tasks = table["columns"]
+        tasks = {name: task for name, task in table["columns"].items() if task is not None}
         for row in table["rows"].values():
             # A rank of its own makes a row that our methods, all at the table's rank, must not stand beside.
             if row["method"] is None or "rank" in row:
                 continue
-            cells = {tasks[column]: (cell["mean"], cell["std"]) for column, cell in row["cells"].items()}
+            cells = {
+                Column(tasks[name], "" if tasks[name] == "average" else PRINTED.get(name, "accuracy")): (
+                    cell["mean"],
+                    cell["std"],
+                )
+                for name, cell in row["cells"].items()
+                if name in tasks
+            }
             rows.append(
                 PublishedRow(
                     row["method"],

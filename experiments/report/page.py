@@ -4,28 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from experiments.report.answers import readings
+from experiments.report.columns import LOSS, LOSSES, unit
+from experiments.report.figures import held_out_loss
 from experiments.report.flags import hardware, machine
-from experiments.report.grid import Grid, Row, in_order, rate_text
-from experiments.report.loading import PublishedRow
-from experiments.report.tables import AVERAGE, NOT_RUN, MainTable, lines, markdown
+from experiments.report.grid import Cell, Grid, Row, in_order, rate_text
+from experiments.report.loading import Entry, PublishedRow
+from experiments.report.tables import NOT_RUN, MainTable, headings, lines, markdown
 from lora_ga.records import RunRecord
 
 COSTS = ("train_seconds", "total_seconds", "peak_memory_mb", "trainable_parameters")
 
 
 def _intervals(grid: Grid) -> str:
-    def text(row: Row, task: str) -> str:
-        summary = row.cells[task].summary
-        return "—" if summary is None or summary.low is None else f"[{summary.low:.2f}, {summary.high:.2f}]"
+    def text(cell: Cell) -> str:
+        summary, unit = cell.summary, cell.column.unit
+        if summary is None or summary.low is None or summary.high is None:
+            return "—"
+        return f"[{unit.text(summary.low)}, {unit.text(summary.high)}]"
 
-    body = [[row.label, *(text(row, task) for task in grid.tasks)] for row in grid.rows]
+    body = [[row.label, *map(text, row.cells.values())] for row in grid.rows]
     if not any(text.startswith("[") for _, *texts in body for text in texts):
         return ""
-    return "## 95 % t intervals over seeds\n\n" + markdown(["method", *grid.tasks], body)
+    return "## 95 % t intervals over seeds\n\n" + markdown(["method", *map(grid.heading, grid.columns)], body)
 
 
 def _rates(row: Row) -> str:
-    used = [cell for cell in row.cells.values() if cell.entries]
+    used = [cell for cell in row.tasks.values() if cell.entries]
     each = [(cell.task, ", ".join(map(rate_text, cell.rates))) for cell in used]
     if not each:
         return NOT_RUN
@@ -34,12 +39,20 @@ def _rates(row: Row) -> str:
     return "; ".join(f"{task} {rates}" for task, rates in each)
 
 
+def _mean_loss(row: Row, task: str) -> str:
+    """Mean over the finished seeds, if all of them have the loss."""
+    for name in LOSSES:
+        cell = row.cell(task, name)
+        if cell.summary and len(cell.by_seed) == len(cell.finished):
+            return LOSS.text(cell.summary.mean)
+    return "—"
+
+
 def _losses(grid: Grid) -> str:
     splits = in_order((e.record.data.get("scored", {}).get("split", "test") for e in grid.entries), ())
     body = []
     for row in grid.rows:
-        losses = [row.cells[task].mean_metric("eval_loss") for task in grid.tasks]
-        body.append([row.label, _rates(row), *("—" if loss is None else f"{loss:.4f}" for loss in losses)])
+        body.append([row.label, _rates(row), *(_mean_loss(row, task) for task in grid.tasks)])
     title = f"## Learning rate and held-out loss ({' and '.join(splits) or 'test'} split, mean over seeds)\n\n"
     return title + markdown(["method", "learning rate", *grid.tasks], body, words=2)
 
@@ -107,25 +120,51 @@ def _published(rows: Sequence[PublishedRow], sources: Mapping[str, str]) -> str:
     return "## Where the published numbers come from\n\n" + markdown(header, body, words=5) + "\n" + meaning + "\n"
 
 
-def _records(grid: Grid) -> str:
+def _convergence(grid: Grid, figures: Mapping[str, str]) -> str:
+    pictures = "\n".join(f"![{task}]({path})" for task, path in figures.items())
+    measured = [entry.record for entry in grid.entries if held_out_loss(entry.record)]
+    sizes = in_order((str(record.config.get("train", {}).get("held_out_rows", "?")) for record in measured), ())
+    about = f"Held-out loss in the picture: of the first {', '.join(sizes)} held-out rows.\n\n" if sizes else ""
+    return f"## Convergence\n\n{about}{pictures}\n"
+
+
+def _score(entry: Entry) -> str:
+    """The first of a run's metrics that it has."""
+    for name in entry.metrics:
+        value = entry.shown(name)
+        if value is not None:
+            return f"{name} {unit(name).text(value)}"
+    return "—"
+
+
+def records(grid: Grid) -> str:
+    """The file behind every cell."""
     body = []
     for row in grid.rows:
         for entry in row.entries:
             record = entry.record
-            score = f"{entry.metric} {entry.percent:.2f}" if entry.finished else (record.error or "—")[:120]
+            score = _score(entry) if entry.finished else (record.error or "—")[:120]
             about = [record.task, row.label, rate_text(record.learning_rate), str(record.seed)]
             body.append([*about, record.status, score, entry.file])
     header = ["task", "method", "learning rate", "seed", "status", "metric", "file"]
-    return "## Records\n\n" + (markdown(header, body, words=7) if body else "None.\n")
+    return markdown(header, body, words=7) if body else "None.\n"
+
+
+def _units(grid: Grid) -> str:
+    """What the columns' numbers are."""
+    if grid.averaged:
+        metrics = in_order((f"{column.task} {column.metric}".strip() for column in grid.columns if column.metric), ())
+        return f"in percent ({', '.join(metrics) or 'accuracy'})"
+    each = dict.fromkeys(f"{column.metric} in {column.unit.words}" for column in grid.columns if column.metric)
+    return f"columns in order: {', '.join(each)}"
 
 
 def legend(table: MainTable) -> list[str]:
     """How to read the main table."""
-    metrics = in_order((f"{entry.record.task} {entry.metric}" for entry in table.grid.entries), ())
-    notes = [f"Mean ± sample std over n seeds, in percent ({', '.join(metrics) or 'accuracy'})."]
+    notes = [f"Mean ± sample std over n seeds, {_units(table.grid)}."]
     if table.baseline is not None:
-        known = bool(table.baseline.entries)
-        notes.append("Baseline: the committed records; differences in points." if known else "Baseline: none.")
+        known, points = bool(table.baseline.entries), "points" if table.grid.averaged else "the column's unit"
+        notes.append(f"Baseline: the committed records; differences in {points}." if known else "Baseline: none.")
     text = " ".join(text for line in lines(table) for text in line.texts)
     if "‡" in text:
         notes.append("‡ The baseline has another learning rate or other settings here.")
@@ -144,14 +183,15 @@ def page(
     main = [[line.label, line.origin, *line.texts] for line in lines(table)]
     parts = [
         f"# {title}\n",
-        markdown(["method", "result", *grid.tasks, AVERAGE], main, words=2),
+        markdown(["method", "result", *headings(table)], main, words=2),
         "\n".join(f"- {note}" for note in (*legend(table), *notes)) + "\n",
         _intervals(grid),
+        readings(grid),
         _losses(grid),
         _costs(grid),
         _test_rows(grid),
         _published(table.published, sources) if table.published else "",
-        "## Convergence\n\n" + "\n".join(f"![{t}]({path})" for t, path in figures.items()) + "\n" if figures else "",
-        _records(grid),
+        _convergence(grid, figures) if figures else "",
+        "## Records\n\n" + records(grid),
     ]
     return "\n".join(part for part in parts if part)

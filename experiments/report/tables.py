@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from experiments.report.columns import PERCENT, Column, Unit
 from experiments.report.grid import Cell, Grid, Row
 from experiments.report.loading import PublishedRow
 from experiments.report.statistics import Summary
 
-AVERAGE = "average"
+AVERAGE = Column("average", "")
 NOT_RUN = "not run"
 
 
 @dataclass(frozen=True)
 class Line:
-    """One printed line: the row's label, whose numbers they are, one text a task and the average."""
+    """One printed line: the row's label, whose numbers they are, one text a column, and the average if any."""
 
     label: str
     origin: str
@@ -31,24 +32,19 @@ class MainTable:
     published: Sequence[PublishedRow]
 
 
-def points(value: float) -> str:
-    """A signed difference with two digits, never -0.00."""
-    return f"{round(value, 2) + 0.0:+.2f}"
-
-
-def summary_text(summary: Summary) -> str:
-    spread = f" ± {summary.std:.2f}" if summary.std is not None else ""
-    return f"{summary.mean:.2f}{spread}" + (f" (n={summary.n})" if summary.n else "")
+def summary_text(summary: Summary, unit: Unit = PERCENT) -> str:
+    spread = f" ± {unit.text(summary.std)}" if summary.std is not None else ""
+    return f"{unit.text(summary.mean)}{spread}" + (f" (n={summary.n})" if summary.n else "")
 
 
 def status(cell: Cell) -> str:
-    """One word for a cell: finished if any seed is."""
-    if not cell.entries:
-        return NOT_RUN
+    """One word for a cell: finished if any seed has the metric, not run if the runs finished without it."""
     if cell.repeated_seeds:
         return "ambiguous"
-    if cell.finished:
+    if cell.by_seed:
         return "finished"
+    if cell.finished or not cell.entries:
+        return NOT_RUN
     return "diverged" if cell.count("diverged") == len(cell.entries) else "failed"
 
 
@@ -56,17 +52,18 @@ def cell_text(cell: Cell) -> str:
     """Mean ± std (n), or why there is none; what is wrong with some of the seeds follows in words."""
     if cell.summary is None:
         return status(cell)
+    marks = ("°" if cell.random_level else "") + ("§" if cell.untrusted else "")
     lost = [f"{cell.count(kind)} {kind}" for kind in ("failed", "diverged") if cell.count(kind)]
-    return summary_text(cell.summary) + ("°" if cell.random_level else "") + (f", {', '.join(lost)}" if lost else "")
+    return summary_text(cell.summary, cell.column.unit) + marks + (f", {', '.join(lost)}" if lost else "")
 
 
-def baseline_cell(table: MainTable, row: Row, task: str) -> Cell | None:
-    """The baseline's cell of the same method and task, and of the same learning rate where there are several."""
+def baseline_cell(table: MainTable, row: Row, column: Column) -> Cell | None:
+    """The baseline's cell of the same method and column, and of the same learning rate where there are several."""
     if table.baseline is None:
         return None
-    mine = row.cells[task]
-    same_method = [other for other in table.baseline.rows if other.method == row.method and task in other.cells]
-    found = [other.cells[task] for other in same_method if other.cells[task].summary]
+    mine = row.cells[column]
+    same_method = [other for other in table.baseline.rows if other.method == row.method and column in other.cells]
+    found = [other.cells[column] for other in same_method if other.cells[column].summary]
     if len(found) > 1 or row.rate is not None:
         found = [cell for cell in found if cell.rates == mine.rates]
     if len(found) > 1 or row.settings is not None:
@@ -74,52 +71,62 @@ def baseline_cell(table: MainTable, row: Row, task: str) -> Cell | None:
     return found[0] if len(found) == 1 else None
 
 
-def difference(table: MainTable, row: Row, task: str) -> float | None:
-    """Our mean minus the baseline's, in points."""
-    mine, other = row.cells[task].summary, baseline_cell(table, row, task)
+def difference(table: MainTable, row: Row, column: Column) -> float | None:
+    """Our mean minus the baseline's, in the column's unit."""
+    mine, other = row.cells[column].summary, baseline_cell(table, row, column)
     return mine.mean - other.summary.mean if mine and other and other.summary else None
 
 
-def _difference_text(table: MainTable, row: Row, task: str) -> str:
-    value, other = difference(table, row, task), baseline_cell(table, row, task)
+def _difference_text(table: MainTable, row: Row, column: Column) -> str:
+    value, other = difference(table, row, column), baseline_cell(table, row, column)
     if other is None:
         return "baseline: none"
     if value is None:
         return "—"
-    mine = row.cells[task]
-    return points(value) + ("‡" if (mine.rates, mine.settings) != (other.rates, other.settings) else "")
+    mine = row.cells[column]
+    unlike = (mine.rates, mine.settings) != (other.rates, other.settings)
+    return column.unit.signed(value) + ("‡" if unlike else "")
 
 
 def _baseline_line(table: MainTable, row: Row) -> Line:
-    tasks = table.grid.tasks
-    values = [difference(table, row, task) for task in tasks]
-    known = [value for value in values if value is not None]
-    average = points(sum(known) / len(known)) if known and len(known) == len(values) else "—"
-    return Line(row.label, "minus baseline", (*(_difference_text(table, row, task) for task in tasks), average))
+    columns = table.grid.columns
+    texts = [_difference_text(table, row, column) for column in columns]
+    if table.grid.averaged:
+        values = [difference(table, row, column) for column in columns]
+        known = [value for value in values if value is not None]
+        texts.append(PERCENT.signed(sum(known) / len(known)) if known and len(known) == len(values) else "—")
+    return Line(row.label, "minus baseline", tuple(texts))
 
 
-def published_text(row: PublishedRow, task: str) -> str:
-    mean, std = row.cells.get(task, (None, None))
-    if mean is None:
+def published_text(table: MainTable, paper: PublishedRow, column: Column) -> str:
+    """A paper's number, except beside grades of a judge that is not trusted."""
+    mean, std = paper.cells.get(column, (None, None))
+    if mean is None or any(column in row.cells and row.cells[column].untrusted for row in table.grid.rows):
         return "—"
-    return f"{mean:.2f}" + (f" ± {std:.2f}" if std is not None else "") + ("†" if row.from_memory else "")
+    return f"{mean:.2f}" + (f" ± {std:.2f}" if std is not None else "") + ("†" if paper.from_memory else "")
+
+
+def headings(table: MainTable) -> list[str]:
+    """What stands above the texts of a line."""
+    grid = table.grid
+    return [*map(grid.heading, grid.columns), *([AVERAGE.task] if grid.averaged else [])]
 
 
 def lines(table: MainTable) -> list[Line]:
     """The printed lines of the main table."""
-    tasks = table.grid.tasks
-    result = []
-    for position, row in enumerate(table.grid.rows):
-        average = summary_text(row.average) if row.average else "—"
-        result.append(Line(row.label, "ours", (*(cell_text(row.cells[task]) for task in tasks), average)))
+    grid, result = table.grid, []
+    shown = (*grid.columns, *([AVERAGE] if grid.averaged else []))
+    for position, row in enumerate(grid.rows):
+        texts = [cell_text(cell) for cell in row.cells.values()]
+        if grid.averaged:
+            texts.append(summary_text(row.average) if row.average else "—")
+        result.append(Line(row.label, "ours", tuple(texts)))
         if table.baseline is not None and table.baseline.entries:
             result.append(_baseline_line(table, row))
-        following = table.grid.rows[position + 1 :]
-        if not any(other.method == row.method for other in following):
+        if not any(other.method == row.method for other in grid.rows[position + 1 :]):
             for paper in (paper for paper in table.published if paper.method == row.method):
-                texts = tuple(published_text(paper, task) for task in (*tasks, AVERAGE))
-                origin = f"{paper.title} [{', '.join(paper.source)}]"
-                result.append(Line(row.method, origin, texts))
+                texts = [published_text(table, paper, column) for column in shown]
+                result.append(Line(row.method, f"{paper.title} [{', '.join(paper.source)}]", tuple(texts)))
     return result
 
 

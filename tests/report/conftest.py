@@ -52,6 +52,29 @@ def make_record(task: str, method: str, seed: int, value: float | None, **change
     return dataclasses.replace(record, **changes)
 
 
+def make_generative(method: str, seed: int, metrics: dict[str, float], **changes: Any) -> RunRecord:
+    """A finished run of a task answered in words, scored on its own templates and on new ones."""
+    name = changes.pop("task", "problems")
+    task = {
+        "name": name,
+        "kind": "generation",
+        "metric": "seen/exact_match",
+        "also": ["new/exact_match", "held_out_loss"],
+    }
+    settings = {
+        "config": {
+            "task": task,
+            "method": {"name": method},
+            "eval": {"benchmarks": None},
+            "protocol": {"name": "common"},
+            "train": {"held_out_rows": 24},
+        },
+        "metrics": {name: {"value": value, "n": 50} for name, value in metrics.items()},
+        "data": {"train": {"n": 64}, "scored": {"split": "test", "n": 20, "of": 20}},
+    }
+    return make_record(name, method, seed, 0.5, **(settings | changes))
+
+
 class Bench:
     """A results folder of its own: put records in, run the report, read what it wrote."""
 
@@ -87,3 +110,9 @@ def bench(tmp_path: Path) -> Bench:
 def record() -> Any:
     """The builder `make_record`."""
     return make_record
+
+
+@pytest.fixture
+def generative() -> Any:
+    """The builder `make_generative`."""
+    return make_generative

@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from experiments.report.grid import METHODS, TASKS
-from experiments.report.loading import read_published
+from experiments.report.columns import Column
+from experiments.report.grid import METHODS, TASKS, build_grid
+from experiments.report.loading import Plan, read_published
+from experiments.report.tables import MainTable, headings, lines
 
 FILE = Path(__file__).resolve().parents[2] / "results" / "published.yaml"
 CONTENT = OmegaConf.to_container(OmegaConf.load(FILE))
@@ -34,10 +36,34 @@ def test_every_method_of_the_glue_table_has_a_published_row() -> None:
     rows, _ = read_published(FILE, "glue")
     assert {row.method for row in rows} == set(METHODS)
     for row in rows:
-        assert set(TASKS["paper"]) <= set(row.cells)
+        assert {Column(task, "accuracy") for task in TASKS["paper"]} <= set(row.cells)
 
 
 def test_rows_of_other_ranks_and_of_other_experiments_stay_out() -> None:
     rows, _ = read_published(FILE, "glue")
     assert not any("table 3" in row.title for row in rows)
     assert read_published(FILE, "glue_lr")[0] == []
+
+
+@pytest.mark.parametrize(
+    ("experiment", "task", "metric", "lora_ga"),
+    [
+        ("math", "metamath", "gsm8k/exact_match", ["53.60 ± 0.30", "56.44 ± 1.15†"]),
+        ("code", "code_feedback", "humaneval/pass@1", ["19.81 ± 1.46", "26.95 ± 1.30†"]),
+        ("chat", "wizardlm", "mt_bench/first_turn", ["5.95 ± 0.16"]),
+    ],
+)
+def test_llama_tables_stand_beside_runs_not_made(experiment: str, task: str, metric: str, lora_ga: list[str]) -> None:
+    published, _ = read_published(FILE, experiment)
+    plan = Plan({task: (metric, "held_out_loss")}, {"lora_ga": (2e-5,)})
+    columns = [column for row in published for column in row.cells]
+    table = MainTable(build_grid([], plan, "paper", [row.method for row in published], columns), None, published)
+    assert len(headings(table)) == 2 and headings(table)[1] == "held-out loss"
+    printed = [line.texts for line in lines(table) if line.label == "lora_ga"]
+    assert printed == [("not run", "not run"), *((text, "—") for text in lora_ga)]
+
+
+def test_a_printed_number_is_shown_though_we_measure_something_else() -> None:
+    published, _ = read_published(FILE, "chat")
+    grid = build_grid([], Plan({"wizardlm": ("held_out_loss",)}, {}), "paper", columns=published[0].cells)
+    assert grid.columns == (Column("wizardlm", "held_out_loss"), Column("wizardlm", "mt_bench/first_turn"))

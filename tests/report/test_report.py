@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.report.__main__ import main
+from experiments.report.__main__ import ROOT, main
 
 CURVE = [{"step": step, "loss": 3.0 / step, "learning_rate": 1e-3} for step in range(1, 31)]
 
@@ -196,6 +196,15 @@ def test_same_records_give_the_same_bytes(bench, record) -> None:
     for name in names:
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
     assert str(bench.root) not in (first / "tables" / "toy-local.md").read_text(encoding="utf-8")
+
+
+def test_the_committed_search_gives_the_committed_table(tmp_path: Path) -> None:
+    committed = ROOT / "results" / "baseline" / "glue_lr-local" / "tables"
+    folders = ("records=results/baseline", "baseline=results/none", f"out={tmp_path}")
+    assert main(["experiment=glue_lr", *folders]) == 0
+    names = sorted(path.name for path in committed.iterdir())
+    assert len(names) == 3
+    assert all((tmp_path / "tables" / name).read_bytes() == (committed / name).read_bytes() for name in names)
 
 
 def test_no_figure_without_a_loss_curve(bench, record) -> None:
