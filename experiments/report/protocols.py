@@ -84,7 +84,7 @@ def rescored(entries: Sequence[Entry]) -> bool:
 
 
 def _columns(grids: Mapping[str, Grid]) -> list[Column]:
-    """The headline metric of each task, and the same metric of its other benchmarks: seen/exact_match, new/exact_match."""
+    """The headline metric of each task, and the same metric of its other benchmarks: seen/strict, new/strict."""
     found: dict[Column, None] = {}
     for grid in grids.values():
         for task in grid.tasks:
