@@ -11,7 +11,7 @@ from lora_ga.errors import SetupError
 
 Splits = dict[str, tuple[Example, ...]]
 
-_PIECE = re.compile(r"[^\W\d_]+|\d|[^\w\s]|\n")
+_PIECE = re.compile(r"[^\W\d_]+|\d|[^\w\s]|_|\n")
 
 
 def pieces(text: str) -> int:
