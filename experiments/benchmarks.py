@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from eval import gsm8k
+from eval import gsm8k, humaneval
 from eval.decoding import Decoding, Generation
 from eval.generation import generate
 from experiments.chat import Answerer, run_mt_bench
@@ -33,7 +33,7 @@ def run_benchmarks(config: RunConfig, record: RunRecord, loaded: Loaded, model: 
     if not config.benchmarks:
         return {}
     weights = f"{loaded.identity}+{config.train_id}+{fingerprint(model)}"
-    runners = {"math": _math, "chat": run_mt_bench}
+    runners = {"math": _math, "code": _code, "chat": run_mt_bench}
     found: Metrics = {}
     reports = record.data.setdefault("benchmarks", {})
     with merged(model) as whole:
@@ -71,6 +71,8 @@ def _limit(config: RunConfig, benchmark: Benchmark) -> int | None:
 
 
 def _problems(config: RunConfig, benchmark: Benchmark) -> list[Example]:
+    if benchmark.source == "package":
+        return humaneval.load_problems(_limit(config, benchmark))
     data = load_task(benchmark.source, benchmark.name, sizes={}, data_root=config.task.data_root)  # type: ignore[arg-type]
     if not data.splits.get(benchmark.split):
         raise SetupError(f"{benchmark.name} has no split {benchmark.split}: it has {', '.join(data.splits)}")
@@ -86,3 +88,17 @@ def _math(config: RunConfig, benchmark: Benchmark, answer: Answerer, report: dic
     metrics = gsm8k.score(texts, [problem.fields["answer"] for problem in problems], markers=asked.markers)
     report["cut_short"] = sum(sample.finish == "length" for samples in answers for sample in samples)
     return {"exact_match": metrics[asked.extractor], **metrics}
+
+
+def _code(config: RunConfig, benchmark: Benchmark, answer: Answerer, report: dict[str, Any]) -> Metrics:
+    """Pass@k of the programs cut out of the answers, and how many ran out of time."""
+    asked = config.scoring.answers.code
+    problems = _problems(config, benchmark)
+    answers = answer([fill(asked.template, problem) for problem in problems], asked.decoding)
+    completions = [
+        [humaneval.extract(problem, sample.text, asked.post_process) for sample in samples]
+        for problem, samples in zip(problems, answers, strict=True)
+    ]
+    result = humaneval.score(problems, completions, consent=config.eval.run_code, workers=config.eval.code_workers)
+    report |= result.describe()
+    return result.metrics

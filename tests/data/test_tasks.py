@@ -10,7 +10,7 @@ import yaml
 
 from lora_ga.data.glue_files import FORMS
 from lora_ga.data.local_recipes import RECIPES
-from lora_ga.data.tasks import Example, TaskData, load_task, render
+from lora_ga.data.tasks import Example, TaskData, fill, load_task, render
 from lora_ga.errors import SetupError
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -23,6 +23,15 @@ FIELDS = {
     "compare": ("sentence1", "sentence2"),
     "reply": ("question", "sentence"),
     "pairs": ("sentence1", "sentence2"),
+}
+IN_WORDS = {
+    **dict.fromkeys(("metamath", "metamath_full"), ("query", "response", "reasoning")),
+    "code_feedback": ("query", "response", "first_block"),
+    **dict.fromkeys(("wizardlm", "alpaca"), ("query", "response")),
+    "gsm8k": ("query", "question", "answer", "response", "reasoning"),
+    "word_problems": ("query", "question", "answer"),
+    "code_tasks": ("query", "response"),
+    "dialogue": ("query", "history", "response"),
 }
 
 
@@ -67,16 +76,18 @@ def test_wrong_sizes_are_refused(sizes: dict[str, int]) -> None:
 
 
 def test_unknown_source_is_refused() -> None:
-    with pytest.raises(SetupError, match="use local or glue"):
+    with pytest.raises(SetupError, match="use local, glue or instructions"):
         load_task("hub", "movies", sizes={})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("path", sorted((CONF / "protocol").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_protocol_renders_every_task(path: Path) -> None:
     protocol = read(path)
-    assert set(protocol) == {"name", "prompts"} and protocol["name"] == path.stem
-    assert set(protocol["prompts"]) == set(LABELS)
-    for name, prompt in protocol["prompts"].items():
+    assert set(protocol) == {"name", "model_revision", "schedule", "answers", "prompts"}
+    assert protocol["name"] == path.stem
+    assert set(protocol["prompts"]) == set(LABELS) | set(IN_WORDS)
+    for name in LABELS:
+        prompt = protocol["prompts"][name]
         words = prompt["labels"]
         assert all(isinstance(word, str) for word in words), "yaml reads an unquoted no or true as a boolean"
         assert len(set(words)) == len(LABELS[name])
@@ -85,6 +96,35 @@ def test_every_protocol_renders_every_task(path: Path) -> None:
             text, target = render(prompt["template"], words, row, label_count=len(LABELS[name]))
             assert all(value in text for value in row.fields.values())
             assert target == words[label] and not text.endswith(" ")
+
+
+@pytest.mark.parametrize("path", sorted((CONF / "protocol").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("name", IN_WORDS)
+def test_every_protocol_asks_every_task_answered_in_words(path: Path, name: str) -> None:
+    prompt = read(path)["prompts"][name]
+    row = Example({field: f"the {field} {{braces}}" for field in IN_WORDS[name]})
+    text, target = fill(prompt["template"], row), fill(prompt["target"], row)
+    assert "the query {braces}" in text and target in row.fields.values() and target not in text
+    # The local rows come in random order; the authors' shuffle of the others has no effect.
+    local = name in ("word_problems", "code_tasks", "dialogue")
+    assert prompt["order"] == ("shuffled" if path.stem == "common" and not local else "file")
+
+
+@pytest.mark.parametrize("name", ["lora_ga", "lora_one", "lora_pro"])
+def test_the_papers_decoding_and_targets_are_those_of_their_code(name: str) -> None:
+    """reference: section 2 and 3 of the repositories' data.py and eval scripts."""
+    protocol = read(CONF / "protocol" / f"{name}.yaml")
+    math, code = protocol["answers"]["math"], protocol["answers"]["code"]
+    assert math["decoding"]["do_sample"] is (name != "lora_one") is code["decoding"]["do_sample"]
+    assert math["decoding"]["max_new_tokens"] == code["decoding"]["max_new_tokens"] == 512
+    assert code["decoding"].get("samples", 1) == (5 if name == "lora_ga" else 1)
+    assert math["extractor"] == "authors" and code["post_process"] == "authors"
+    assert protocol["prompts"]["metamath"]["target"] == ("{response}" if name == "lora_pro" else "{reasoning}")
+    assert protocol["prompts"]["metamath"]["template"].startswith("Below is" if name == "lora_pro" else "Q: ")
+    schedule = protocol["schedule"]
+    assert (schedule["lr_scheduler_type"], schedule["warmup_steps"]) == (
+        ("linear", 100) if name == "lora_one" else ("cosine", None)
+    )
 
 
 def test_papers_label_words_follow_the_label_index() -> None:

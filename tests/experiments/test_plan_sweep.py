@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-import experiments.run
 import experiments.rows
+import experiments.run
 import experiments.sweep
 import lora_ga.models
 from experiments.config import ROOT
