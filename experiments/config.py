@@ -177,8 +177,8 @@ def require_consent(config: RunConfig) -> None:
     code = [name for name, benchmark in config.benchmarks.items() if benchmark.kind == "code"]
     if code and not config.eval.run_code:
         raise SetupError(
-            f"{code[0]} runs programs that the model writes: allow it with eval.run_code=true (eval/sandbox.py says what "
-            "the isolation covers), or leave it out with eval.benchmarks=[]"
+            f"{code[0]} runs programs that the model writes: allow it with eval.run_code=true (eval/sandbox.py says "
+            "what the isolation covers), or leave it out with eval.benchmarks=[]"
         )
 
 

@@ -1,7 +1,7 @@
-"""A trained model between training and scoring: kept, so that a killed scoring, or another protocol, trains nothing anew.
+"""A trained model between training and scoring, so that a killed scoring, or another protocol, trains nothing anew.
 
-Only trainable parameters are written, to <outputs>/trained/<train id>. They are taken back only onto the very start they
-came from; anything else trains again.
+Only trainable parameters are written, to <outputs>/trained/<train id>. They are taken back only onto the very start
+they came from; anything else trains again.
 """
 
 from __future__ import annotations
