@@ -152,9 +152,11 @@ def fingerprint(questions: Sequence[Question]) -> str:
 
 def conversation(name: str) -> Conversation:
     """A fresh conversation under one of FastChat's templates; SetupError names near ones if there is none."""
-    if name not in conv_templates:
-        near = difflib.get_close_matches(name, conv_templates, n=5, cutoff=0.4) or sorted(conv_templates)
-        raise SetupError(f"FastChat has no conversation template {name!r}: use one like {', '.join(near)}")
+    # Those without a style (chatgpt, gemini, ...) stand for models behind an API and make no prompt.
+    usable = [known for known, template in conv_templates.items() if template.sep_style is not None]
+    if name not in usable:
+        near = difflib.get_close_matches(name, usable, n=5, cutoff=0.4) or sorted(usable)
+        raise SetupError(f"FastChat has no prompt template {name!r}: use one like {', '.join(near)}")
     return get_conv_template(name)
 
 
