@@ -219,11 +219,20 @@ def test_draws_follow_the_models_distribution(
 
 def test_noise_lets_no_impossible_token_win() -> None:
     # numpy's float32 exponentials are 0 once in 2^23: with 50,000 tokens that is one step in 170.
-    scores = torch.full((400, 49_152), -40.0)
-    scores[:, 7] = 0.0
-    scores[:, 9] = -torch.inf
-    drawn = GumbelNoise([Request("x", i) for i in range(400)], seed=0)(torch.zeros(400, 1), scores).argmax(-1)
-    assert (drawn == 7).all()
+    noise = GumbelNoise([Request("x", i) for i in range(200)], seed=0)
+    for _ in range(15):
+        scores = torch.full((200, 49_152), -40.0)
+        scores[:, 7] = 0.0
+        scores[:, 9] = -torch.inf
+        assert (noise(torch.zeros(200, 1), scores).argmax(-1) == 7).all()
+
+
+def test_every_step_of_an_answer_draws_anew() -> None:
+    noise = GumbelNoise([Request("x", 0)], seed=0)
+    drawn = [int(noise(torch.zeros(1, 1), torch.zeros(1, 10)).argmax()) for _ in range(2000)]
+    assert stats.chisquare(np.bincount(drawn, minlength=10)).pvalue > 0.001
+    pairs = np.bincount(np.multiply(drawn[:-1], 10) + drawn[1:], minlength=100)  # a step says nothing of the next
+    assert stats.chisquare(pairs).pvalue > 0.001
 
 
 def test_nucleus_is_that_of_transformers() -> None:

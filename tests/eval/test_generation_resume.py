@@ -1,9 +1,11 @@
 """Proves that no answer is made twice and none is lost: killed runs, damaged files, more samples, two processes."""
 
+import fcntl
 import json
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -155,6 +157,24 @@ for i in range(30):
         for k in range(2)
     }
     assert answers == expected
+
+
+def test_half_a_line_of_a_living_process_is_left_to_it(tmp_path: Path) -> None:
+    file, line = (
+        AnswerFile(tmp_path / "x.jsonl"),
+        '{"prompt_hash": "a", "sample": 0, "text": "", "finish": "eos", "tokens": 1}',
+    )
+    waiting = threading.Thread(target=file.append, args=([(Request("p", 0), Generation("mine", "eos", 1))],))
+    with file.path.open("a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        other.write(line[:20])
+        other.flush()
+        waiting.start()
+        waiting.join(timeout=0.5)
+        assert waiting.is_alive()
+        other.write(line[20:] + "\n")
+    waiting.join()
+    assert [answer.text for answer in file.read().values()] == ["", "mine"]
 
 
 def test_the_first_of_two_answers_counts(tmp_path: Path) -> None:
