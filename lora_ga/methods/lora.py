@@ -29,6 +29,7 @@ class Lora(Method):
     use_rslora: bool = False
     use_dora: bool = False
     rank_field: ClassVar[str] = "r"  # the setting that decides `smallest_side`
+    keeps_function: ClassVar[bool] = False  # by taking its starting product off the base
 
     @property
     def smallest_side(self) -> int:
@@ -41,6 +42,11 @@ class Lora(Method):
             raise SetupError(
                 f"{type(self.steps).__name__} steps move lora_A and lora_B only and would leave DoRA's magnitudes "
                 "untrained: use method/steps=adamw or method.use_dora=false"
+            )
+        if self.use_dora and self.keeps_function:
+            raise SetupError(
+                f"{type(self).__name__} takes its starting product off the base, and DoRA would rescale the rest: "
+                "use method.use_dora=false"
             )
         if self.r < 1:
             raise SetupError(f"method.r={self.r}: the rank must be at least 1")

@@ -97,6 +97,7 @@ class LoraGA(Lora):
     svd_oversampling: int = 2  # of 2r wanted columns: q = 4r, repo
     svd_niter: int = 4  # repo
     needs_gradients: ClassVar[bool] = True
+    keeps_function: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name, value, known in (("direction", self.direction, Direction), ("scale", self.scale, Scale)):

@@ -7,6 +7,7 @@ U_r sqrt(S_r / s), lora_A = sqrt(S_r / s) Vh_r, W <- W - s lora_B lora_A. svd_lo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -30,6 +31,7 @@ class Pissa(Lora):
 
     svd_oversampling: int = 4  # q = 4r, LoRA-GA repo
     svd_niter: int = 4
+    keeps_function: ClassVar[bool] = True
 
     def prepare(self, model: nn.Module, setup: Setup) -> nn.Module:
         model = attach_lora(model, self.peft_config(setup), setup.seed)

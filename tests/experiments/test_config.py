@@ -159,6 +159,8 @@ def refusal(overrides):
         (["model.dtype=float8"], "float8"),
         (["method.r=1000"], "method.r=1000"),
         (["method=lora_ga", "method.r=20"], "use r <= 16"),
+        (["method=lora_ga", "method.use_dora=true"], "use_dora=false"),
+        (["method=pissa", "method.use_dora=true"], "use_dora=false"),
         (["method._target_=os.path.join"], "_target_"),
         (["method._target_=nowhere.Lora"], "_target_"),
         (["~protocol.prompts.movies"], "task=movies"),
