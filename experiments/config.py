@@ -88,7 +88,9 @@ class RunConfig:
         task = {k: v for k, v in self.resolved["task"].items() if k != "data_root"}
         part = {**self._trained_part, "task": task, "seeds": self.resolved["seeds"], "eval": scored}
         if self.task.kind == "generation":
-            part["scoring"] = {"name": self.scoring.name, "answers": self.resolved["scoring"]["answers"]}
+            kinds = sorted({benchmark.kind for benchmark in self.benchmarks.values()})
+            answers = {kind: self.resolved["scoring"]["answers"][kind] for kind in kinds}
+            part["scoring"] = {"name": self.scoring.name, "answers": answers}
         return content_hash(part)
 
     @property
