@@ -25,8 +25,8 @@ class RunRecord:
     `metrics` maps a name to {"value": float, "n": rows it was computed on}.
     `loss_curve` rows hold step, loss (mean per target token), learning_rate, grad_norm, tokens and seconds so far, and
     held_out_loss at the steps where it was measured; its value before the first step is in `step0`.
-    `cost` holds seconds (init, train, eval, total), peak_memory_mb (of tasks answered in words: until the training's
-    end), trainable_parameters, optimizer_state_mb.
+    `cost` holds seconds (init, train, eval, total), peak_memory_mb (until the training's end), trainable_parameters,
+    optimizer_state_mb.
     """
 
     run_id: str
