@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from eval.decoding import Decoding, Generation, Request
 from eval.engines import hf_batches
 from eval.vllm_engine import vllm_batches
-from lora_ga.data.encoding import _tokenizer_rules as tokenizer_rules
+from lora_ga.data.encoding import tokenizer_rules
 from lora_ga.errors import SetupError
 from lora_ga.records import content_hash, write_atomic
 

@@ -70,7 +70,7 @@ def encode_row(
     return EncodedRow(whole[:shared][: max(1, max_length - len(answer))], answer)
 
 
-def _tokenizer_rules(tokenizer: PreTrainedTokenizerBase) -> object:
+def tokenizer_rules(tokenizer: PreTrainedTokenizerBase) -> object:
     """All that decides a text's ids: vocabulary, merges, normaliser, splitting; the vocabulary alone for a slow one."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -88,7 +88,7 @@ def encode_rows(
     cache: bool = True,
 ) -> list[EncodedRow]:
     """Encode (prompt, target) rows, from the cache if these texts were encoded with this tokenizer before."""
-    rules = _tokenizer_rules(tokenizer)
+    rules = tokenizer_rules(tokenizer)
     key = content_hash([list(rows), architecture, max_length, rules, tokenizer.eos_token_id], 24)
     path = cache_folder("tokens", f"{key}.safetensors")
     if cache and path.exists():
