@@ -41,17 +41,20 @@ def test_make_targets_exist() -> None:
     assert [target for target in targets if not re.search(rf"^{target}:", makefile, re.M)] == []
 
 
-def test_the_local_table_is_the_committed_one() -> None:
-    page = (ROOT / "results/baseline/glue-local/tables/glue-local.md").read_text()
+@pytest.mark.parametrize(("experiment", "methods"), [("glue", 5), ("math", 6)])
+def test_the_local_table_is_the_committed_one(experiment: str, methods: int) -> None:
+    page = (ROOT / f"results/baseline/{experiment}-local/tables/{experiment}-local.md").read_text()
     rows = [line for line in page.splitlines() if "| ours |" in line]
-    assert len(rows) == 5
+    assert len(rows) == methods
     assert [row for row in rows if row not in README] == []
 
 
-def test_the_committed_records_give_the_committed_table(tmp_path: Path) -> None:
+@pytest.mark.parametrize("folder", sorted(path.name for path in (ROOT / "results/baseline").iterdir()))
+def test_the_committed_records_give_the_committed_table(folder: str, tmp_path: Path) -> None:
+    experiment = folder.removesuffix("-local")
     settings = [f"{key}={value}" for key, value in (("records", "results/baseline"), ("baseline", "results/none"))]
-    assert report(["experiment=glue", *settings, f"out={tmp_path}"]) == 0
-    committed = ROOT / "results/baseline/glue-local/tables"
+    assert report([f"experiment={experiment}", *settings, f"out={tmp_path}"]) == 0
+    committed = ROOT / "results/baseline" / folder / "tables"
     names = sorted(path.name for path in committed.iterdir())
     assert len(names) == 3
     assert all((tmp_path / "tables" / name).read_bytes() == (committed / name).read_bytes() for name in names)
