@@ -18,10 +18,15 @@ from eval.decoding import Decoding, Generation, Request, encode_prompt, split_st
 from lora_ga.errors import SetupError
 
 
-def load_vllm(folder: Path) -> Any:
-    """A vLLM engine on a merged model's folder; it keeps its memory, so load it once for all benchmarks."""
+def require_vllm() -> None:
+    """SetupError if vLLM is not installed."""
     if importlib.util.find_spec("vllm") is None:
         raise SetupError("engine=vllm, but vllm is not installed: pip install vllm, or engine=hf")
+
+
+def load_vllm(folder: Path) -> Any:
+    """A vLLM engine on a merged model's folder; it keeps its memory, so load it once for all benchmarks."""
+    require_vllm()
     if not (folder / "config.json").is_file():
         raise SetupError(
             f"engine=vllm reads a merged model from a folder: {folder} has no config.json, export it first"

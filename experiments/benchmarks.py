@@ -6,7 +6,8 @@ protocol that asks alike costs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -15,13 +16,14 @@ from torch import nn
 from eval import gsm8k, humaneval
 from eval.decoding import Decoding, Generation
 from eval.generation import generate
+from eval.vllm_engine import load_vllm
 from experiments.chat import Answerer, run_mt_bench
 from experiments.config import RunConfig
 from experiments.settings import Benchmark
 from experiments.trained import fingerprint
 from lora_ga.data.tasks import Example, fill, load_task
 from lora_ga.errors import SetupError
-from lora_ga.merging import merged
+from lora_ga.merging import merged, save_merged
 from lora_ga.models import Loaded
 from lora_ga.records import RunRecord
 
@@ -36,7 +38,7 @@ def run_benchmarks(config: RunConfig, record: RunRecord, loaded: Loaded, model: 
     runners = {"math": _math, "code": _code, "chat": run_mt_bench}
     found: Metrics = {}
     reports = record.data.setdefault("benchmarks", {})
-    with merged(model) as whole:
+    with _answering(config, loaded, model) as whole:
         for name, benchmark in config.benchmarks.items():
             report: dict[str, Any] = {}
 
@@ -63,6 +65,18 @@ def run_benchmarks(config: RunConfig, record: RunRecord, loaded: Loaded, model: 
             if "judge" in report:
                 record.data["judge"] = report["judge"]
     return found
+
+
+@contextmanager
+def _answering(config: RunConfig, loaded: Loaded, model: nn.Module) -> Iterator[Any]:
+    """What the engine generates with: the model with its adapters merged, or vLLM on a folder of it."""
+    if config.eval.engine == "vllm":
+        folder = config.outputs / "merged" / config.train_id
+        save_merged(model, loaded.tokenizer, folder)
+        yield load_vllm(folder)
+        return
+    with merged(model) as whole:
+        yield whole
 
 
 def _limit(config: RunConfig, benchmark: Benchmark) -> int | None:

@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
 from eval.decoding import Decoding
+from eval.vllm_engine import require_vllm
 from experiments.settings import (
     Answers,
     Benchmark,
@@ -174,8 +175,10 @@ def _protocol(raw: Mapping[str, Any], where: str) -> Protocol:
     return _build(Protocol, {**raw, "answers": Answers(**answers), "prompts": prompts}, where)
 
 
-def require_consent(config: RunConfig) -> None:
-    """SetupError unless the configuration allows the programs that a benchmark would run."""
+def require_means(config: RunConfig) -> None:
+    """SetupError unless the benchmarks' engine is installed and the programs they would run are allowed."""
+    if config.benchmarks and config.eval.engine == "vllm":
+        require_vllm()
     code = [name for name, benchmark in config.benchmarks.items() if benchmark.kind == "code"]
     if code and not config.eval.run_code:
         raise SetupError(

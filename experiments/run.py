@@ -12,7 +12,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from experiments.config import CONF, RunConfig, load_config, one_line_errors, parse, require_consent, resolve
+from experiments.config import CONF, RunConfig, load_config, one_line_errors, parse, require_means, resolve
 from experiments.rows import Encoded, Rows
 from experiments.scoring import score
 from experiments.stages import Gradients, at_start, begin_record, finish, keep_freed_memory, train_once
@@ -56,7 +56,7 @@ def execute(config: RunConfig, record: RunRecord, rows: Rows) -> None:
 
 def run(config: RunConfig) -> Path:
     """Refuse what cannot work, then execute and leave a record whatever happens; returns the record's path."""
-    require_consent(config)
+    require_means(config)
     config.method.check(target_shapes(config.model))
     rows = Rows.load(config)
     record = begin_record(config, rows)

@@ -19,7 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from experiments.config import ROOT, one_line_errors, require_consent
+from experiments.config import ROOT, one_line_errors, require_means
 from experiments.plan import PlannedRun, expand
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str]) -> int:
     with one_line_errors():
         runs = expand(arguments)
         for run in runs:
-            require_consent(run.config)
+            require_means(run.config)
         failed = sweep(runs)
     if failed:
         log.error("%d runs did not finish; the same command tries them again", failed)

@@ -200,6 +200,11 @@ def test_programs_do_not_run_without_consent(places):
     assert "\n" not in str(caught.value)
 
 
+def test_a_missing_engine_is_told_before_anything_loads(places):
+    with pytest.raises(SetupError, match="vllm is not installed"):
+        run(load_config([*SMALL, *places, "eval.engine=vllm"]))
+
+
 # Chat without and with a judge
 
 
