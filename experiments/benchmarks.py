@@ -75,8 +75,15 @@ def _answering(config: RunConfig, loaded: Loaded, model: nn.Module) -> Iterator[
         save_merged(model, loaded.tokenizer, folder)
         yield load_vllm(folder)
         return
-    with merged(model) as whole:
-        yield whole
+    trained_with = loaded.model.config._attn_implementation
+    try:
+        if config.model.architecture == "causal":
+            # Eager attention copies the keys and values of a whole batch at every token.
+            loaded.model.set_attn_implementation("sdpa")
+        with merged(model) as whole:
+            yield whole
+    finally:
+        loaded.model.set_attn_implementation(trained_with)
 
 
 def _limit(config: RunConfig, benchmark: Benchmark) -> int | None:
