@@ -12,6 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from eval import gsm8k, humaneval
 from eval.decoding import Decoding, Generation
@@ -75,29 +76,31 @@ def _answering(config: RunConfig, loaded: Loaded, model: nn.Module) -> Iterator[
         save_merged(model, loaded.tokenizer, folder)
         yield load_vllm(folder)
         return
-    trained_with = loaded.model.config._attn_implementation
+    with _sdpa(loaded.model), merged(model) as whole:
+        yield whole
+
+
+@contextmanager
+def _sdpa(model: PreTrainedModel) -> Iterator[None]:
+    """Within, a causal model attends by SDPA: eager attention copies a batch's keys and values at every token."""
+    trained_with = model.config._attn_implementation
+    if model.config.is_encoder_decoder or trained_with != "eager":
+        yield
+        return
+    model.set_attn_implementation("sdpa")
     try:
-        if config.model.architecture == "causal":
-            # Eager attention copies the keys and values of a whole batch at every token.
-            loaded.model.set_attn_implementation("sdpa")
-        with merged(model) as whole:
-            yield whole
+        yield
     finally:
-        loaded.model.set_attn_implementation(trained_with)
-
-
-def _limit(config: RunConfig, benchmark: Benchmark) -> int | None:
-    limits = [limit for limit in (config.eval.limit, benchmark.rows) if limit is not None]
-    return min(limits, default=None)
+        model.set_attn_implementation(trained_with)
 
 
 def _problems(config: RunConfig, benchmark: Benchmark) -> list[Example]:
     if benchmark.source == "package":
-        return humaneval.load_problems(_limit(config, benchmark))
+        return humaneval.load_problems(config.limit(benchmark))
     data = load_task(benchmark.source, benchmark.name, sizes={}, data_root=config.task.data_root)  # type: ignore[arg-type]
     if not data.splits.get(benchmark.split):
         raise SetupError(f"{benchmark.name} has no split {benchmark.split}: it has {', '.join(data.splits)}")
-    return list(data.splits[benchmark.split])[: _limit(config, benchmark)]
+    return list(data.splits[benchmark.split])[: config.limit(benchmark)]
 
 
 def _math(config: RunConfig, benchmark: Benchmark, answer: Answerer, report: dict[str, Any]) -> Metrics:

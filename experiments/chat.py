@@ -1,4 +1,4 @@
-"""MT-Bench of one trained model: its answers always in FastChat's format, its scores where a judge is configured."""
+"""MT-Bench of one trained model, where a judge is configured: answers and judgments in FastChat's format, scores."""
 
 from __future__ import annotations
 
@@ -36,8 +36,7 @@ def run_mt_bench(
     if judge is None:
         report["not_run"] = "no judge is configured (eval=judged)"
         return {}
-    limits = [limit for limit in (config.eval.limit, benchmark.rows) if limit is not None]
-    questions = load_questions(config.task.data_root, min(limits, default=None))
+    questions = load_questions(config.task.data_root, config.limit(benchmark))
     stops = tuple(dict.fromkeys((*asked.decoding.stop, *stop_strings(asked.conversation))))
 
     def complete(prompts: list[str], temperature: float | None) -> list[str]:

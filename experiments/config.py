@@ -119,6 +119,10 @@ class RunConfig:
         chosen = self.eval.benchmarks
         return {name: b for name, b in self.task.benchmarks.items() if chosen is None or name in chosen}
 
+    def limit(self, benchmark: Benchmark) -> int | None:
+        """How many problems of a benchmark are asked: the smaller of its own rows and eval.limit."""
+        return min((limit for limit in (self.eval.limit, benchmark.rows) if limit is not None), default=None)
+
     @property
     def records_folder(self) -> Path:
         return self.records / f"{self.experiment_name}-{self.scale}"

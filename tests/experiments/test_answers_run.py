@@ -10,7 +10,6 @@ import json
 import pytest
 
 import experiments.stages
-import lora_ga.data.encoding
 from eval.gsm8k import read_answer
 from experiments.config import load_config
 from experiments.run import run
@@ -30,14 +29,6 @@ SMALL = [
     "eval.limit=4",
     "scoring.answers.math.decoding.max_new_tokens=6",
 ]
-
-
-@pytest.fixture
-def places(tmp_path, monkeypatch):
-    """Records, outputs and caches in a folder of this test (the assets stay where they are)."""
-    monkeypatch.setattr(lora_ga.data.encoding, "cache_folder", (tmp_path / "cache").joinpath)
-    monkeypatch.setattr(experiments.stages, "cache_folder", (tmp_path / "cache").joinpath)
-    return [f"records={tmp_path}/records", f"outputs={tmp_path}/outputs"]
 
 
 @pytest.fixture

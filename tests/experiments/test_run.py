@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 
 import experiments.run
 import experiments.stages
-import lora_ga.data.encoding
 from eval.base import classification_metrics
 from eval.glue import classify
 from experiments.config import load_config
@@ -33,14 +32,6 @@ SMALL = [
     "train.autocast=null",
     "eval.limit=16",
 ]
-
-
-@pytest.fixture
-def places(tmp_path, monkeypatch):
-    """Records, outputs and caches in a folder of this test (the assets stay where they are)."""
-    monkeypatch.setattr(lora_ga.data.encoding, "cache_folder", (tmp_path / "cache").joinpath)
-    monkeypatch.setattr(experiments.stages, "cache_folder", (tmp_path / "cache").joinpath)
-    return [f"records={tmp_path}/records", f"outputs={tmp_path}/outputs"]
 
 
 @pytest.fixture
