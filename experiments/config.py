@@ -29,7 +29,6 @@ from experiments.settings import (
     CodeAnswers,
     EvalSettings,
     GradientSettings,
-    Launcher,
     Logger,
     MathAnswers,
     Plain,
@@ -38,6 +37,7 @@ from experiments.settings import (
     Seeds,
     Task,
 )
+from lora_ga.engines import Engine
 from lora_ga.errors import SetupError
 from lora_ga.methods.base import Method
 from lora_ga.models import ModelSpec
@@ -68,7 +68,7 @@ class RunConfig:
     train: TrainSettings
     gradient: GradientSettings
     eval: EvalSettings
-    launcher: Launcher
+    launcher: Engine
     logger: Logger
     seed: int
     seeds: Seeds
@@ -76,6 +76,7 @@ class RunConfig:
     records: Path
     outputs: Path
     export: bool
+    checkpoint_every: int | None
     resolved: Mapping[str, Any]
 
     @property
@@ -207,7 +208,7 @@ def parse(raw: Mapping[str, Any]) -> RunConfig:
         train=_build(TrainSettings, train, "train"),
         gradient=_build(GradientSettings, raw["train"]["gradient"], "train.gradient"),
         eval=_build(EvalSettings, raw["eval"], "eval"),
-        launcher=_build(Launcher, raw["launcher"], "launcher"),
+        launcher=_build(Engine, raw["launcher"], "launcher"),
         logger=_build(Logger, raw["logger"], "logger"),
         seed=plain.seed,
         seeds=_build(Seeds, raw["seeds"], "seeds"),
@@ -215,12 +216,16 @@ def parse(raw: Mapping[str, Any]) -> RunConfig:
         records=ROOT / plain.records,
         outputs=ROOT / plain.outputs,
         export=plain.export,
+        checkpoint_every=plain.checkpoint_every,
         resolved=raw,
     )
     if config.eval.judge is not None:
         config.eval.judge.check()
     config.model.check()
     config.train.check()
+    config.launcher.check()
+    config.train.micro_batch(config.launcher.nproc)
+    config.method.check_engine(config.launcher)
     unknown = set(config.eval.benchmarks or ()) - set(config.task.benchmarks)
     if unknown:
         known = ", ".join(config.task.benchmarks) or "none"

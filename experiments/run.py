@@ -11,26 +11,46 @@ from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
+from torch import nn
 
 from experiments.config import CONF, RunConfig, load_config, one_line_errors, parse, require_means, resolve
 from experiments.rows import Encoded, Rows
 from experiments.scoring import score
-from experiments.stages import Gradients, at_start, begin_record, finish, keep_freed_memory, train_once
+from experiments.stages import Gradients, Training, at_start, begin_record, finish, keep_freed_memory
+from experiments.stopping import Stopping
+from lora_ga.engines import is_main, joined, runnable
 from lora_ga.methods.base import Setup
-from lora_ga.models import load_model, target_shapes
+from lora_ga.models import Loaded, load_model, target_shapes
 from lora_ga.records import RunRecord
 from lora_ga.training import check_start
 
 
-def execute(config: RunConfig, record: RunRecord, rows: Rows) -> None:
+def execute(config: RunConfig, record: RunRecord, rows: Rows, stopping: Stopping) -> None:
     """Load, start, train, score; what is learnt on the way goes into the record as it comes."""
     clock = time.perf_counter()
-    loaded = load_model(config.model)
-    encoded = Encoded.of(config, loaded, rows)
+    with joined(config.launcher):
+        loaded = load_model(config.model, config.launcher)
+        encoded = Encoded.of(config, loaded, rows)
+        with runnable(loaded.model, config.launcher):
+            model = start(config, record, loaded, encoded)
+            training = Training(config, record, loaded, model, encoded)
+            training.begin()
+        training.run(stopping)
+    if not is_main():
+        return
+    started = time.perf_counter()
+    record.metrics = score(config, record, loaded, model, rows, encoded)
+    record.cost["eval_seconds"] = time.perf_counter() - started
+    record.cost["total_seconds"] = time.perf_counter() - clock
+    if config.export:
+        config.method.export(model, config.outputs / config.run_id / "export")
+
+
+def start(config: RunConfig, record: RunRecord, loaded: Loaded, encoded: Encoded) -> nn.Module:
+    """The model with the method's parameters at their start, held to what the method promises of it."""
     gradients = Gradients(config, loaded, encoded)
     probe = gradients.batches()[0]
     before, loss_before = at_start(config, loaded.model, probe)
-
     started = time.perf_counter()
     setup = Setup(
         target_modules=config.model.target_modules,
@@ -44,24 +64,19 @@ def execute(config: RunConfig, record: RunRecord, rows: Rows) -> None:
     record.gradients = gradients.report
     after, loss_after = at_start(config, model, probe)
     record.step0 = {**check_start(config.method, before, after), "loss_before": loss_before, "loss_after": loss_after}
-
-    train_once(config, record, model, encoded)
-    started = time.perf_counter()
-    record.metrics = score(config, record, loaded, model, rows, encoded)
-    record.cost["eval_seconds"] = time.perf_counter() - started
-    record.cost["total_seconds"] = time.perf_counter() - clock
-    if config.export:
-        config.method.export(model, config.outputs / config.run_id / "export")
+    return model
 
 
 def run(config: RunConfig) -> Path:
     """Refuse what cannot work, then execute and leave a record whatever happens; returns the record's path."""
     require_means(config)
     config.method.check(target_shapes(config.model))
-    rows = Rows.load(config)
-    record = begin_record(config, rows)
-    with finish(config, record) as path:
-        execute(config, record, rows)
+    stopping = Stopping()
+    with stopping.listening():
+        rows = Rows.load(config)
+        record = begin_record(config, rows)
+        with finish(config, record) as path:
+            execute(config, record, rows, stopping)
     return path
 
 
@@ -71,7 +86,8 @@ def main(composed: DictConfig) -> None:
     keep_freed_memory()
     with one_line_errors():
         path = run(parse(resolve(composed)))
-        print(path, flush=True)
+        if is_main():
+            print(path, flush=True)
 
 
 if __name__ == "__main__":

@@ -163,13 +163,6 @@ class Logger:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Launcher:
-    """What starts the processes; one process is all there is so far."""
-
-    name: Literal["none"]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Plain:
     """The keys of conf/config.yaml that belong to no group."""
 
@@ -178,3 +171,4 @@ class Plain:
     records: str
     outputs: str
     export: bool
+    checkpoint_every: PositiveInt | None

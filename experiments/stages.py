@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import datetime
+import logging
 import platform
 import resource
 import sys
@@ -18,15 +19,21 @@ import torch
 
 from experiments.config import RunConfig
 from experiments.rows import Encoded, Rows
+from experiments.stopping import Stopping
 from experiments.tracking import tracked
 from experiments.trained import fingerprint, restore, save
 from lora_ga.adapters import target_linears
 from lora_ga.cache import cache_folder
+from lora_ga.checkpoints import discard
+from lora_ga.engines import device, gather, is_main, largest, world_size
+from lora_ga.errors import REQUEUE
 from lora_ga.gradients import cached_gradients, estimate_gradients
 from lora_ga.losses import held_out_loss, mean_token_loss, scored_logits
 from lora_ga.models import Loaded
 from lora_ga.records import RunRecord, capture_environment, content_hash, record_name, write_record
-from lora_ga.training import Diverged, adapter_report, train
+from lora_ga.training import Diverged, Resume, Stopped, adapter_report, train
+
+log = logging.getLogger(__name__)
 
 DROPOUT_SEED = 0  # of the one-step gradient; with the run's own seed every run would estimate anew
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # glibc malloc.h
@@ -46,7 +53,8 @@ class Gradients:
         settings = self.config.gradient
         size = settings.batch_size
         taken = self.encoded.train.rows[: size * settings.batches]
-        return [self.encoded.collator(taken[i : i + size]) for i in range(0, len(taken), size)]
+        batches = [self.encoded.collator(taken[i : i + size]) for i in range(0, len(taken), size)]
+        return [{key: value.to(device()) for key, value in batch.items()} for batch in batches]
 
     def __call__(self) -> dict[str, torch.Tensor]:
         config, settings = self.config, self.config.gradient
@@ -58,7 +66,7 @@ class Gradients:
             "dtype": [config.model.dtype, config.train.autocast, config.model.attn_implementation],
             "batch_shape": [settings.batch_size, settings.batches],
             "dropout": settings.dropout,
-            "dropout_seed": DROPOUT_SEED,
+            "dropout_seed": [DROPOUT_SEED, "per batch"],
             "targets": list(layers),
             "torch": torch.__version__,
         }
@@ -106,40 +114,77 @@ def peak_memory_mb() -> float:
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
-def train_once(config: RunConfig, record: RunRecord, model: torch.nn.Module, encoded: Encoded) -> None:
-    """Train, or take the same training's kept parameters; curve, costs and adapters go into the record."""
-    settings = config.train
+@dataclass
+class Training:
+    """The training of a prepared model, or the kept parameters of the same training; all goes into the record."""
 
-    def held_out() -> float:
-        rows = encoded.held_out[: settings.held_out_rows]
-        size, autocast = config.eval.batch_size, settings.autocast_dtype
-        return held_out_loss(model, rows, encoded.collator, batch_size=size, autocast=autocast)
+    config: RunConfig
+    record: RunRecord
+    loaded: Loaded
+    model: torch.nn.Module
+    encoded: Encoded
+    done: bool = False
+    start: str = ""
 
-    keep = config.outputs / "trained" / config.train_id if config.benchmarks else None
-    start = fingerprint(model) if keep else ""
-    if keep and restore(keep, model, record, start):
-        return
-    if encoded.held_out:
-        record.step0["held_out_loss"] = held_out()
-    result, moved = train(
-        model,
-        encoded.train,
-        encoded.collator,
-        config.method,
-        settings,
-        output_dir=config.outputs / config.run_id,
-        seed=config.seeds.data,
-        held_out=held_out if encoded.held_out else None,
-    )
-    record.loss_curve, record.adapters = result.loss_curve, {**moved, **adapter_report(model)}
-    record.cost |= {
-        "train_seconds": result.seconds,
-        "trainable_parameters": result.trainable_parameters,
-        "optimizer_state_mb": result.optimizer_state_mb,
-        "peak_memory_mb": peak_memory_mb(),
-    }
-    if keep:
-        save(keep, model, record, start)
+    @property
+    def keep(self) -> Path | None:
+        """Where trained parameters are kept for benchmarks."""
+        return self.config.outputs / "trained" / self.config.train_id if self.config.benchmarks else None
+
+    def held_out(self) -> float:
+        settings = self.config.train
+        rows = self.encoded.held_out[: settings.held_out_rows]
+        size, autocast = self.config.eval.batch_size, settings.autocast_dtype
+        return held_out_loss(self.model, rows, self.encoded.collator, batch_size=size, autocast=autocast)
+
+    def begin(self) -> None:
+        """Take kept parameters, if this very training was done before; else measure where it starts."""
+        if self.keep:
+            self.start = fingerprint(self.model)
+            self.done = restore(self.keep, self.model, self.record, self.start)
+        if self.encoded.held_out and not self.done:
+            self.record.step0["held_out_loss"] = self.held_out()
+
+    def run(self, stopping: Stopping) -> None:
+        """Train, unless it is done; a checkpoint of this training is gone on from."""
+        config, record = self.config, self.record
+        if self.done:
+            gather(self.model)
+            return
+        resume = Resume(
+            folder=config.outputs / "checkpoints" / config.train_id,
+            every=config.checkpoint_every,
+            identity={
+                "train_id": config.train_id,
+                "base model": self.loaded.identity,
+                "training rows": record.data["train"],
+                "engine": [config.launcher.kind, config.launcher.stage, world_size()],
+            },
+            stop=stopping,
+        )
+        with stopping.at_step_ends():
+            result, moved = train(
+                self.model,
+                self.encoded.train,
+                self.encoded.collator,
+                config.method,
+                config.train,
+                seed=config.seeds.data,
+                resume=resume,
+                engine=config.launcher,
+                held_out=self.held_out if self.encoded.held_out else None,
+            )
+        record.environment["engine"] = result.engine
+        record.loss_curve, record.adapters = result.loss_curve, {**moved, **adapter_report(self.model)}
+        record.cost |= {
+            "train_seconds": result.seconds,
+            "trainable_parameters": result.trainable_parameters,
+            "optimizer_state_mb": result.optimizer_state_mb,
+            "peak_memory_mb": largest(peak_memory_mb()),
+        }
+        if self.keep and is_main():
+            save(self.keep, self.model, record, self.start)
+        discard(resume.folder)
 
 
 def _now() -> str:
@@ -167,15 +212,30 @@ def begin_record(config: RunConfig, rows: Rows) -> RunRecord:
 
 
 @contextmanager
+def _requeued() -> Iterator[None]:
+    try:
+        yield
+    except Stopped as stop:
+        log.info("%s", stop)
+        raise SystemExit(REQUEUE) from None
+
+
+@contextmanager
 def finish(config: RunConfig, record: RunRecord) -> Iterator[Path]:
     """Whatever happens inside, write the record; a failure is recorded, told in one line and ends with code 1.
 
-    An interrupted run (ctrl-C, SIGTERM) leaves no record, so that the next sweep starts it again.
+    An interrupted run (ctrl-C, SIGTERM, SIGUSR1) leaves no record, so that the next sweep goes on with it; told to
+    stop, it ends with code REQUEUE. Of several ranks the first one writes.
     """
     path = config.records_folder / record_name(record.task, record.method, record.seed, record.run_id)
+    if not is_main():
+        with _requeued():
+            yield path
+        return
     with tracked(config, record):
         try:
-            yield path
+            with _requeued():
+                yield path
             record.status = "finished"
         except Exception as error:
             if isinstance(error, Diverged):

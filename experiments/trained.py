@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from lora_ga.engines import whole
 from lora_ga.records import RunRecord, write_atomic
 
 log = logging.getLogger(__name__)
@@ -23,7 +24,12 @@ COSTS = ("train_seconds", "trainable_parameters", "optimizer_state_mb", "peak_me
 
 
 def _trainable(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            with whole([parameter]):
+                tensors[name] = parameter.detach().cpu().clone(memory_format=torch.contiguous_format)
+    return tensors
 
 
 def fingerprint(model: nn.Module) -> str:

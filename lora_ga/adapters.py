@@ -20,6 +20,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
 
+from lora_ga.engines import is_sharded
 from lora_ga.errors import SetupError
 
 TRAINED = "default"
@@ -113,7 +114,7 @@ def keep_function(model: PeftModel, *, full_precision: bool) -> None:
     """
     pairs = adapter_pairs(model)
     model.add_adapter(OFFSET, model.peft_config[TRAINED])
-    fold = full_precision and all(pair.base.weight.dtype == torch.float32 for pair in pairs)
+    fold = full_precision and not is_sharded(model) and all(pair.base.weight.dtype == torch.float32 for pair in pairs)
     with torch.no_grad():
         for pair in pairs:
             _weight(pair.layer.lora_A, OFFSET).copy_(pair.lora_A)
@@ -125,6 +126,34 @@ def keep_function(model: PeftModel, *, full_precision: bool) -> None:
     for name, parameter in model.named_parameters():
         if f".{OFFSET}." in name:
             parameter.requires_grad_(False)
+
+
+def offset_factors(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The frozen factors that `keep_function` left, by name; none without it."""
+    return {name: parameter for name, parameter in model.named_parameters() if f".{OFFSET}." in name}
+
+
+@torch.no_grad()
+def move_offset(model: PeftModel, factors: Mapping[str, torch.Tensor]) -> None:
+    """Start from these offset factors instead of the present ones, as a resumed training must.
+
+    A start is computed anew when a run resumes, and where that is not exactly reproducible the adapters that were
+    trained from the first start would meet a base shifted for the second.
+    """
+    present = offset_factors(model)
+    assert isinstance(model.base_model, LoraModel)
+    folded = OFFSET not in model.active_adapters
+    for pair in adapter_pairs(model):
+        A, B = _weight(pair.layer.lora_A, OFFSET), _weight(pair.layer.lora_B, OFFSET)
+        names = {id(parameter): name for name, parameter in present.items()}
+        new_A, new_B = factors[names[id(A)]], factors[names[id(B)]]
+        if torch.equal(A, new_A) and torch.equal(B, new_B):
+            continue
+        if folded:
+            pair.base.weight -= pair.scaling * (B.float() @ A.float())  # (d_out, d_in)
+            pair.base.weight += pair.scaling * (new_B.float() @ new_A.float())  # (d_out, d_in)
+        A.copy_(new_A)
+        B.copy_(new_B)
 
 
 def has_offset(model: nn.Module) -> bool:

@@ -20,6 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
+from lora_ga.engines import any_rank, is_main, rank, sum_over_ranks, world_size
+from lora_ga.engines import device as engine_device
 from lora_ga.records import content_hash
 
 log = logging.getLogger(__name__)
@@ -69,20 +71,24 @@ def estimate_gradients(
     """Mean over `batches` of dL/dW for each of `layers`, float32 on `device`.
 
     Args:
-        batches: micro-batches as `loss(model, batch)` takes them; each weighs the same, as in the paper's code.
+        batches: micro-batches as `loss(model, batch)` takes them, the same on every rank, which share them out; each
+            weighs the same, as in the paper's code.
         layers: name -> nn.Linear with weight (d_out, d_in); they may be frozen.
-        seed: of the dropout masks; the caller's random state is left as it was.
+        seed: of the dropout masks, each batch has its own; the caller's random state is left as it was.
         dropout: train mode as in the paper's code (T5 drops out, Llama has nothing to drop), else eval mode.
     Returns:
         name -> G (d_out, d_in). No parameter has a `.grad` afterwards that it did not have before.
     """
     total: dict[str, torch.Tensor] = {}
+    counts = True
 
     def watch(name: str) -> Callable[..., None]:
         def forward_hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
             X = inputs[0].detach()
 
             def with_output_gradient(D: torch.Tensor) -> None:
+                if not counts:
+                    return
                 D, flat = D.detach().flatten(0, -2).float(), X.flatten(0, -2).float()  # (T, d_out), (T, d_in)
                 G = (D.T @ flat).to(device)  # (d_out, d_in)
                 total[name] = total[name].add_(G) if name in total else G
@@ -95,14 +101,21 @@ def estimate_gradients(
     training = model.training
     try:
         with torch.random.fork_rng(devices=[]), _frozen(model), _graph_from_embeddings(model):
-            torch.manual_seed(seed)
             model.train(dropout)
-            for batch in tqdm(batches, desc="one-step gradient", unit="batch", leave=False):
-                loss(model, batch).backward()
+            starts = range(0, len(batches), world_size())
+            for start in tqdm(starts, desc="one-step gradient", unit="batch", leave=False, disable=not is_main()):
+                # A rank without a batch computes all the same: with ZeRO-3 the others need its slices of the weights.
+                counts = start + rank() < len(batches)
+                index = start + rank() if counts else start
+                torch.manual_seed(seed + index)
+                loss(model, batches[index]).backward()
     finally:
         model.train(training)
         for hook in hooks:
             hook.remove()
+    for name, layer in layers.items() if world_size() > 1 else ():
+        mine = total.get(name, torch.zeros(layer.out_features, layer.in_features))
+        total[name] = sum_over_ranks(mine.to(engine_device())).to(device)
     missing = [name for name in layers if name not in total]
     if missing:
         raise RuntimeError(f"no gradient reached {missing[:3]}: the loss does not depend on these layers")
@@ -119,12 +132,13 @@ def cached_gradients(
     if folder is None:
         return estimate(), False
     path = folder / f"{content_hash(dict(key), 24)}.safetensors"
-    if path.exists():
+    if not any_rank(not path.exists()):
         log.info("one-step gradient read from %s", path)
         return load_file(path), True
     gradients = estimate()
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    save_file(gradients, temporary)
-    temporary.replace(path)
+    if is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        save_file(gradients, temporary)
+        temporary.replace(path)
     return gradients, False

@@ -33,6 +33,7 @@ from transformers import (
 from lora_ga.adapters import target_linears
 from lora_ga.cache import cache_folder
 from lora_ga.data.assets import asset
+from lora_ga.engines import Engine, device, shard, sharding
 from lora_ga.errors import SetupError
 
 log = logging.getLogger(__name__)
@@ -162,24 +163,32 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(spec: ModelSpec) -> Loaded:
-    """Load model and tokenizer; random weights depend on the configuration alone (seed 0)."""
+def load_model(spec: ModelSpec, engine: Engine | None = None) -> Loaded:
+    """Load model and tokenizer onto this process's device, in slices where `engine` shards weights.
+
+    Random weights depend on the configuration alone (seed 0).
+    """
     spec.check()
+    engine, bf16 = engine or Engine(), spec.dtype == "bfloat16"
     if spec.is_random:
         set_seed(0)
         model = _auto_class(spec).from_config(_config(spec), attn_implementation=spec.attn_implementation)
         model = model.to(DTYPES[spec.dtype])
+        shard(model, engine, bf16=bf16)  # afterwards: drawn slice by slice the weights would be others
         identity = f"{spec.name}:seed0"
     else:
         location = _location(spec)
         _config(spec)
-        model = _auto_class(spec).from_pretrained(
-            location,
-            revision=None if Path(location).is_dir() else spec.revision,
-            dtype=DTYPES[spec.dtype],
-            attn_implementation=spec.attn_implementation,
-        )
+        with sharding(engine, bf16=bf16):
+            model = _auto_class(spec).from_pretrained(
+                location,
+                revision=None if Path(location).is_dir() else spec.revision,
+                dtype=DTYPES[spec.dtype],
+                attn_implementation=spec.attn_implementation,
+            )
         identity = _identity(spec, location)
+    if not engine.shards_weights:
+        model = model.to(device())
     model.generation_config = GenerationConfig(
         **{k: getattr(model.config, k, None) for k in ("bos_token_id", "decoder_start_token_id")}
     )

@@ -1,8 +1,4 @@
-"""One training run on transformers' Trainer: our loss, our batches, the method's optimizer, everything written down.
-
-Differs from the stock Trainer in: the loss is a sum over target tokens divided by the tokens of the whole global batch,
-so 1 x 32 and 32 x 1 accumulation are the same step; batches hold rows of like length; logits only where labels are.
-"""
+"""One training: its budget, its run on any engine, and the checks that it did what it was meant to."""
 
 from __future__ import annotations
 
@@ -14,31 +10,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from peft import PeftModel
 from torch import nn
-from torch.utils.data import Dataset, Sampler
-from tqdm import tqdm
-from transformers import PrinterCallback, SchedulerType, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, SchedulerType, TrainingArguments
 
-from lora_ga.adapters import adapter_pairs
-from lora_ga.data.encoding import IGNORED, Collator, EncodedRows, LengthBucketSampler
+from lora_ga import checkpoints
+from lora_ga.adapters import adapter_pairs, has_offset, move_offset, offset_factors
+from lora_ga.data.encoding import Collator, EncodedRows
+from lora_ga.engines import Engine, gather, whole, world_size
 from lora_ga.errors import SetupError
-from lora_ga.losses import scored_logits
 from lora_ga.methods.adalora import ranks
 from lora_ga.methods.base import Method
+from lora_ga.trainer import AfterStep, Diverged, MethodTrainer, Resume, Stopped
 
-
-class Diverged(RuntimeError):
-    """A loss was not finite; `curve` is what was seen until then."""
-
-    def __init__(self, message: str, curve: list[dict[str, float]]) -> None:
-        super().__init__(message)
-        self.curve = curve
+__all__ = ["Diverged", "Resume", "Stopped", "TrainResult", "TrainSettings", "adapter_report", "check_start", "train"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """The budget and the optimizer's surroundings, in transformers' spelling."""
+    """The budget and the optimizer's surroundings, in transformers' spelling.
+
+    `per_device_train_batch_size` is the most rows a device takes at once; see `micro_batch`.
+    """
 
     learning_rate: float
     max_steps: int | None = None
@@ -77,6 +70,19 @@ class TrainSettings:
         if self.max_steps is not None and self.max_steps < 1:
             raise SetupError(f"train.max_steps={self.max_steps}: use a positive number, or null for whole epochs")
 
+    def micro_batch(self, ranks: int) -> int:
+        """Rows a rank takes at once: the most that per_device_train_batch_size allows and the global batch divides by.
+
+        So a run is the same run on any number of ranks. SetupError if the ranks do not divide the global batch.
+        """
+        if self.global_batch_size % ranks:
+            raise SetupError(
+                f"train.global_batch_size={self.global_batch_size} does not divide over {ranks} processes: "
+                "change launcher.nproc"
+            )
+        share = self.global_batch_size // ranks
+        return max(m for m in range(1, self.per_device_train_batch_size + 1) if share % m == 0)
+
     @property
     def autocast_dtype(self) -> torch.dtype | None:
         return torch.bfloat16 if self.autocast else None
@@ -97,110 +103,23 @@ class TrainSettings:
 
 @dataclass
 class TrainResult:
-    """Loss curve and cost of one training."""
+    """Loss curve and cost of one training; `engine` says what held the model."""
 
+    engine: dict[str, Any] = field(default_factory=dict)
     loss_curve: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0
     optimizer_state_mb: float = 0.0
     trainable_parameters: int = 0
 
 
-class MethodTrainer(Trainer):
-    """Trainer that lets the method own the optimizer and keeps the exact loss of each step."""
-
-    def __init__(
-        self,
-        *,
-        method: Method,
-        settings: TrainSettings,
-        data_seed: int,
-        held_out: Callable[[], float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(**kwargs)
-        self.method, self.settings, self.data_seed, self.held_out = method, settings, data_seed, held_out
-        self.loss_is_scaled_for_ga = True
-        self.curve: list[dict[str, float]] = []
-        self.tokens = 0
-        self.began = time.perf_counter()
-        self._step_loss = 0.0
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        if self.optimizer is None:
-            assert isinstance(self.model, nn.Module)
-            self.optimizer = self.method.optimizer(
-                self.model, learning_rate=self.args.learning_rate, weight_decay=self.args.weight_decay
-            )
-        return self.optimizer
-
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        rows = self.train_dataset
-        assert isinstance(rows, EncodedRows)
-        lengths = rows.lengths() if self.settings.length_bucketed else [0] * len(rows)
-        return LengthBucketSampler(lengths, self.settings.global_batch_size, self.data_seed)
-
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
-        """Scored tokens of the global batch; Trainer would count one label too few, as ours are shifted already."""
-        count = sum((batch["labels"] != IGNORED).sum() for batch in batch_samples)
-        return self.accelerator.gather(torch.as_tensor(count, device=device)).sum()
-
-    def compute_loss(
-        self, model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> torch.Tensor:
-        logits, labels = scored_logits(model, inputs, self.settings.autocast_dtype, head=self.model)
-        loss = F.cross_entropy(logits, labels, reduction="sum") / num_items_in_batch
-        value = loss.item()
-        if not math.isfinite(value):
-            raise Diverged(f"the loss was {value} at step {self.state.global_step + 1}", self.curve)
-        self._step_loss += value
-        self.tokens += int(inputs["attention_mask"].sum())
-        penalty = self.method.penalty(model)
-        if penalty is not None:
-            loss = loss + penalty / self.current_gradient_accumulation_steps
-        return loss * self.accelerator.num_processes  # DDP averages over ranks what is meant to be a sum
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
-            row = {
-                "step": self.state.global_step,
-                "loss": self._step_loss,
-                "learning_rate": logs["learning_rate"],
-                "grad_norm": float(logs.get("grad_norm", math.nan)),
-                "tokens": self.tokens,
-                "seconds": round(time.perf_counter() - self.began, 3),
-            }
-            self.curve.append({key: value for key, value in row.items() if math.isfinite(value)})
-            every, step = self.settings.held_out_every, self.state.global_step
-            if self.held_out and every and (step % every == 0 or step == self.state.max_steps):
-                paused = time.perf_counter()
-                self.curve[-1]["held_out_loss"] = self.held_out()
-                self.began += time.perf_counter() - paused  # seconds are training's own
-            logs["loss"], self._step_loss = self._step_loss, 0.0
-        super().log(logs, start_time)
-
-
-class _AfterStep(TrainerCallback):
-    """Calls the method after each optimizer step, and moves a progress bar instead of printing a line a step."""
-
-    def __init__(self, method: Method, steps: int) -> None:
-        self.method = method
-        self.bar = tqdm(total=steps, desc="train", unit="step")
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.method.after_step(kwargs["model"], state.global_step + 1)
-
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if "learning_rate" in kwargs["logs"]:
-            self.bar.set_postfix(loss=f"{kwargs['logs']['loss']:.3f}", refresh=False)
-            self.bar.update()
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.close()
-
-
 def _samples(model: nn.Module) -> dict[str, torch.Tensor]:
     """A slice of every trainable tensor, small enough to keep: what `movement` compares."""
-    return {n: p.detach().flatten()[:4096].clone() for n, p in model.named_parameters() if p.requires_grad}
+    samples = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            with whole([parameter]):
+                samples[name] = parameter.detach().flatten()[:4096].clone()
+    return samples
 
 
 def movement(before: Mapping[str, torch.Tensor], model: nn.Module) -> dict[str, Any]:
@@ -213,18 +132,30 @@ def movement(before: Mapping[str, torch.Tensor], model: nn.Module) -> dict[str, 
     return {"trainable_tensors": len(before), "unmoved": len(still)}
 
 
-def _arguments(settings: TrainSettings, output_dir: Path, steps: int, seed: int) -> TrainingArguments:
+def _arguments(
+    settings: TrainSettings, engine: Engine, output_dir: Path, steps: int, seed: int, *, bf16: bool, clips: bool
+) -> TrainingArguments:
+    micro = settings.micro_batch(world_size())
+    accumulation = settings.global_batch_size // (micro * world_size())
+    max_grad_norm = settings.max_grad_norm if clips else 0.0
+    deepspeed = engine.training_config(
+        micro_batch=micro,
+        accumulation=accumulation,
+        max_grad_norm=max_grad_norm,
+        bf16=bf16,
+        autocast=settings.autocast is not None,
+    )
     return TrainingArguments(
         output_dir=str(output_dir),
         max_steps=steps,
-        per_device_train_batch_size=settings.per_device_train_batch_size,
-        gradient_accumulation_steps=settings.global_batch_size // settings.per_device_train_batch_size,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=accumulation,
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.lr_scheduler_type,
         # a value below 1 is a ratio of max_steps
         warmup_steps=settings.warmup_ratio if settings.warmup_steps is None else settings.warmup_steps,
         weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
+        max_grad_norm=max_grad_norm,
         seed=seed,
         logging_steps=1,
         logging_nan_inf_filter=False,
@@ -234,7 +165,19 @@ def _arguments(settings: TrainSettings, output_dir: Path, steps: int, seed: int)
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,
+        ddp_find_unused_parameters=False,
+        deepspeed=deepspeed if engine.kind == "deepspeed" else None,
     )
+
+
+def _resumed_from(resume: Resume, model: nn.Module) -> Path | None:
+    """The checkpoint to go on from, if there is one, with the model's frozen start moved to that training's."""
+    checkpoint = checkpoints.latest(resume.folder)
+    if checkpoint and has_offset(model):
+        assert isinstance(model, PeftModel)
+        shapes = {name: parameter.shape for name, parameter in offset_factors(model).items()}
+        move_offset(model, checkpoints.load_tensors(checkpoint, "start", shapes))
+    return checkpoint
 
 
 def train(
@@ -244,40 +187,54 @@ def train(
     method: Method,
     settings: TrainSettings,
     *,
-    output_dir: Path,
     seed: int,
+    resume: Resume,
+    engine: Engine | None = None,
     held_out: Callable[[], float] | None = None,
 ) -> tuple[TrainResult, dict[str, Any]]:
-    """Train a prepared model in place; returns the curve with its cost, and what moved.
+    """Train a prepared model in place, from resume's checkpoint if there is one; returns the curve with its cost, and
+    what moved. Every rank calls it, and has the whole trained model afterwards.
 
     `seed` orders the rows and drives dropout. `held_out` measures the loss on rows that are not trained on, every
-    settings.held_out_every steps and after the last. Raises Diverged when a loss is not finite.
+    settings.held_out_every steps and after the last. Raises Diverged when a loss is not finite, Stopped when
+    resume.stop() said so and the state is on disk, SetupError for a checkpoint of another training.
     """
+    engine = engine or Engine()
+    checkpoint = _resumed_from(resume, model)
+    done = checkpoints.read_meta(checkpoint, resume.identity) if checkpoint else {}
     before = _samples(model)
     steps = settings.total_steps(len(rows))
+    bf16 = engine.shards_weights and any(p.dtype == torch.bfloat16 for p in model.parameters())
+    clips = engine.clips and not (engine.flattens and method.steps.whole_matrices)  # else the trainer does
     trainer = MethodTrainer(
         model=model,
-        args=_arguments(settings, output_dir, steps, seed),
+        args=_arguments(settings, engine, resume.folder, steps, seed, bf16=bf16, clips=clips),
         method=method,
         settings=settings,
+        engine=engine,
         data_seed=seed,
+        resume=resume,
         held_out=held_out,
         train_dataset=rows,
         data_collator=collator,
-        callbacks=[_AfterStep(method, steps)],
     )
+    trainer.add_callback(AfterStep(trainer, steps, done.get("step", 0)))
     trainer.remove_callback(PrinterCallback)
-    trainer.began = time.perf_counter()
-    trainer.train()
-    assert trainer.optimizer is not None
-    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    trainer.curve, trainer.tokens = done.get("curve", []), done.get("tokens", 0)
+    trainer.began = time.perf_counter() - done.get("seconds", 0.0)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.stopped:
+        raise Stopped(f"stopped after step {trainer.state.global_step} of {steps}; the same command goes on from there")
+    optimizer = trainer.moving()
     tensors = (v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor))
     result = TrainResult(
+        engine=trainer.found,
         loss_curve=trainer.curve,
         seconds=time.perf_counter() - trainer.began,
         optimizer_state_mb=sum(t.numel() * t.element_size() for t in tensors) / 2**20,
-        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
     )
+    gather(model, trainer.model_wrapped)
+    result.trainable_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     # One step in all is the first of the warm-up, whose rate is zero.
     moved = movement(before, model) if any(row["learning_rate"] > 0 for row in trainer.curve) else {}
     return result, moved

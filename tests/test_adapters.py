@@ -32,7 +32,7 @@ from lora_ga.methods.lora import Lora
 from lora_ga.methods.lora_ga import LoraGA
 from lora_ga.methods.lora_one import LoraOne
 from lora_ga.methods.pissa import Pissa
-from lora_ga.training import TrainSettings, train
+from lora_ga.training import Resume, TrainSettings, train
 
 ARCHITECTURES = ["causal", "seq2seq"]
 FAMILY = {
@@ -225,7 +225,7 @@ def test_adalora_exports_its_cut_ranks(tiny, targets, random_rows, collators, ba
         collators[architecture],
         method,
         TrainSettings(learning_rate=1e-2, **settings),
-        output_dir=tmp_path / "out",
+        resume=Resume(tmp_path / "out"),
         seed=0,
     )
     used, full = ranks(model)

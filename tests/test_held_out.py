@@ -10,7 +10,7 @@ from lora_ga.errors import SetupError
 from lora_ga.losses import held_out_loss, scored_logits
 from lora_ga.methods.base import Setup
 from lora_ga.methods.lora import Lora
-from lora_ga.training import TrainSettings, train
+from lora_ga.training import Resume, TrainSettings, train
 
 ARCHITECTURES = ["causal", "seq2seq"]
 
@@ -55,7 +55,7 @@ def curve(tiny, targets, collators, random_rows, tmp_path):
             collators["seq2seq"],
             Lora(r=2, lora_alpha=4),
             chosen,
-            output_dir=tmp_path,
+            resume=Resume(tmp_path),
             seed=0,
             held_out=measure,
         )

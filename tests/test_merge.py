@@ -27,7 +27,7 @@ from lora_ga.merging import merged, save_merged
 from lora_ga.methods.adalora import ranks
 from lora_ga.methods.base import Setup
 from lora_ga.models import load_model
-from lora_ga.training import TrainSettings, train
+from lora_ga.training import Resume, TrainSettings, train
 
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
 STEPS = 8
@@ -91,7 +91,7 @@ def trained(random_rows, collators, tmp_path_factory):
                 learning_rate=RATES.get(name, 5e-3), global_batch_size=4, per_device_train_batch_size=4
             )
             rows = EncodedRows(random_rows(4 * STEPS, 7))
-            train(model, rows, collators["causal"], config.method, settings, output_dir=folder, seed=0)
+            train(model, rows, collators["causal"], config.method, settings, resume=Resume(folder), seed=0)
             made[key] = config.method, model, untouched
         return made[key]
 

@@ -25,7 +25,7 @@ from lora_ga.methods.base import Method, Setup
 from lora_ga.methods.full_ft import FullFinetune
 from lora_ga.methods.lora import Lora
 from lora_ga.optim.steps import AdamW, LoraPlus
-from lora_ga.training import Diverged, TrainSettings, check_start, movement, train
+from lora_ga.training import Diverged, Resume, TrainSettings, check_start, movement, train
 
 ARCHITECTURES = ["causal", "seq2seq"]
 
@@ -56,7 +56,7 @@ def trained(tiny, setup, collators, random_rows, tmp_path):
             collators[architecture],
             method,
             chosen,
-            output_dir=tmp_path,
+            resume=Resume(tmp_path),
             seed=seed,
         )
         return model, result, moved

@@ -8,6 +8,7 @@ SeqToSeqEncode lets pad tokens count in the loss by default.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -184,3 +185,43 @@ class LengthBucketSampler(Sampler[int]):
         for position in torch.randperm(len(batches), generator=generator).tolist():
             yield from batches[position]
         yield from last
+
+
+class WithBlank(Dataset):
+    """Rows, and at the index after the last a row that scores nothing, for ranks that the last batch leaves empty."""
+
+    def __init__(self, rows: EncodedRows) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> EncodedRow:
+        return self.rows[index] if index < len(self.rows) else EncodedRow([0], [IGNORED])
+
+
+class RankBatches(Sampler[list[int]]):
+    """This rank's micro-batches of every global batch, so that ranks x accumulation x micro-batch give the same step.
+
+    A last global batch that is too small for all ranks is filled up with the blank row's index (see `WithBlank`).
+    """
+
+    def __init__(self, order: LengthBucketSampler, micro_batch: int, rank: int = 0, ranks: int = 1) -> None:
+        if order.batch_size % (micro_batch * ranks):
+            raise ValueError(f"{ranks} ranks x {micro_batch} rows do not divide a global batch of {order.batch_size}")
+        self.order, self.micro_batch, self.rank, self.ranks = order, micro_batch, rank, ranks
+
+    def set_epoch(self, epoch: int) -> None:
+        self.order.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.order) / (self.micro_batch * self.ranks))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = list(self.order)
+        together = self.micro_batch * self.ranks
+        for start in range(0, len(order), together):
+            rows = order[start : start + together]
+            if self.ranks > 1:
+                rows += [len(order)] * (together - len(rows))
+            yield rows[self.rank * self.micro_batch : (self.rank + 1) * self.micro_batch]

@@ -10,16 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from peft import AdaLoraConfig, AdaLoraModel, PeftModel
 from torch import nn
 
 from lora_ga.adapters import TRAINED, attach_lora
+from lora_ga.engines import Engine
 from lora_ga.errors import SetupError
 from lora_ga.methods.base import Setup
 from lora_ga.methods.lora import Lora
+
+SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # of PEFT's RankAllocator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,15 +86,40 @@ class AdaLora(Lora):
                 terms.append(torch.linalg.matrix_norm(gram - torch.eye(len(gram), device=gram.device)))
         return self.orth_reg_weight * torch.stack(terms).mean()
 
+    def check_engine(self, engine: Engine) -> None:
+        if engine.kind == "deepspeed":
+            raise SetupError("AdaLoRA reads whole gradients after each step, DeepSpeed keeps none: use launcher=ddp")
+
+    def state(self, model: nn.Module) -> dict[str, Any]:
+        """The importance scores that decide which ranks go."""
+        allocator = _adapted(model).rankallocator
+        scores = {name: dict(getattr(allocator, name)) for name in SCORES}
+        return {**scores, "rank_pattern": dict(_settings(model).rank_pattern or {})}
+
+    def load_state(self, model: nn.Module, state: Mapping[str, Any]) -> None:
+        allocator = _adapted(model).rankallocator
+        for name in SCORES:
+            setattr(allocator, name, dict(state[name]))
+        _settings(model).rank_pattern = dict(state["rank_pattern"])
+
     def after_step(self, model: nn.Module, step: int) -> None:
-        if not isinstance(model, PeftModel):
-            raise TypeError(f"AdaLoRA steps a PEFT model, not {type(model).__name__}")
-        config = model.peft_config[TRAINED]
-        assert isinstance(model.base_model, AdaLoraModel) and isinstance(config, AdaLoraConfig)
-        model.base_model.update_and_allocate(step)
+        config = _settings(model)
+        _adapted(model).update_and_allocate(step)
         used, full = ranks(model)
         if step == config.total_step and used >= full:
             raise RuntimeError(f"AdaLoRA's rank did not shrink: {used} of {full} singular values are still in use")
+
+
+def _adapted(model: nn.Module) -> AdaLoraModel:
+    if not isinstance(model, PeftModel) or not isinstance(model.base_model, AdaLoraModel):
+        raise TypeError(f"AdaLoRA steps its own PEFT model, not {type(model).__name__}")
+    return model.base_model
+
+
+def _settings(model: nn.Module) -> AdaLoraConfig:
+    config = _adapted(model).peft_config[TRAINED]
+    assert isinstance(config, AdaLoraConfig)
+    return config
 
 
 def ranks(model: nn.Module) -> tuple[int, int]:

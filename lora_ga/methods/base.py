@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
 
+from lora_ga.engines import Engine
 from lora_ga.optim.steps import AdamW, Steps
 
 
@@ -57,6 +58,16 @@ class Method:
 
     def after_step(self, model: nn.Module, step: int) -> None:
         """Called after optimizer step number `step` (from 1), while gradients are still there."""
+
+    def check_engine(self, engine: Engine) -> None:
+        """Refuse, with SetupError, an engine this method would not be itself under; runs before weights load."""
+
+    def state(self, model: nn.Module) -> dict[str, Any]:
+        """What the method itself remembers between steps, beside parameters and optimizer; part of a checkpoint."""
+        return {}
+
+    def load_state(self, model: nn.Module, state: Mapping[str, Any]) -> None:
+        """Take `state` back."""
 
     def export(self, model: nn.Module, folder: Path) -> None:
         """Write what a user of the untouched base model needs to have the trained model."""

@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 
 from lora_ga.adapters import attach_lora, export_adapter
+from lora_ga.engines import Engine
 from lora_ga.errors import SetupError
 from lora_ga.methods.base import Method, Setup
 
@@ -59,6 +60,10 @@ class Lora(Method):
                 f"use {self.rank_field} <= {limit}, "
                 "or leave the layer out of model.target_modules"
             )
+
+    def check_engine(self, engine: Engine) -> None:
+        if self.use_dora and engine.shards_weights:
+            raise SetupError("DoRA reads whole base weights at every step, ZeRO-3 has none: use launcher=ddp or zero2")
 
     def peft_config(self, setup: Setup) -> LoraConfig:
         """PEFT's configuration of these adapters."""

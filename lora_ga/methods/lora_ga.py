@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from lora_ga.adapters import adapter_pairs, attach_lora, keep_function, set_factors
+from lora_ga.engines import whole
 from lora_ga.errors import SetupError
 from lora_ga.methods.base import Setup
 from lora_ga.methods.lora import Lora
@@ -115,17 +116,18 @@ class LoraGA(Lora):
         svd = TruncatedSVD(self.svd_oversampling, self.svd_niter, setup.seed)
         generator = torch.Generator().manual_seed(setup.seed)
         for pair in adapter_pairs(model):
-            factors = lora_ga_factors(
-                gradients[pair.name],
-                self.r,
-                pair.scaling,
-                direction=self.direction,
-                scale=self.scale,
-                stable_gamma=self.stable_gamma,
-                W=pair.base.weight.data if self.scale == "weight_svd" else None,
-                generator=generator,
-                svd=svd,
-            )
+            with whole([pair.base.weight] if self.scale == "weight_svd" else []):
+                factors = lora_ga_factors(
+                    gradients[pair.name],
+                    self.r,
+                    pair.scaling,
+                    direction=self.direction,
+                    scale=self.scale,
+                    stable_gamma=self.stable_gamma,
+                    W=pair.base.weight.data if self.scale == "weight_svd" else None,
+                    generator=generator,
+                    svd=svd,
+                )
             set_factors(pair, *factors)
         keep_function(model, full_precision=setup.full_precision)
         return model

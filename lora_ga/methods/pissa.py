@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from lora_ga.adapters import adapter_pairs, attach_lora, keep_function, set_factors
+from lora_ga.engines import whole
 from lora_ga.methods.base import Setup
 from lora_ga.methods.lora import Lora
 from lora_ga.methods.svd import TruncatedSVD
@@ -37,6 +38,8 @@ class Pissa(Lora):
         model = attach_lora(model, self.peft_config(setup), setup.seed)
         svd = TruncatedSVD(self.svd_oversampling, self.svd_niter, setup.seed)
         for pair in adapter_pairs(model):
-            set_factors(pair, *pissa_factors(pair.base.weight.data, self.r, pair.scaling, svd=svd))
+            with whole([pair.base.weight]):
+                factors = pissa_factors(pair.base.weight.data, self.r, pair.scaling, svd=svd)
+            set_factors(pair, *factors)
         keep_function(model, full_precision=setup.full_precision)
         return model

@@ -1,7 +1,8 @@
 """Truncated singular value decompositions for the starts, exact or randomised (torch.svd_lowrank).
 
 LoRA-GA's code uses q = 4r and 4 power iterations, LoRA-One's q = 512 and 16 whatever the rank. Differs in: q is
-clipped to the matrix, so small models work, and the random test matrix has a seed of its own.
+clipped to the matrix, so small models work, the random test matrix has a seed of its own, and signs are fixed: the
+largest entry of each column of U is positive.
 """
 
 from __future__ import annotations
@@ -30,7 +31,11 @@ class TruncatedSVD:
                 torch.manual_seed(self.seed)
                 U, S, V = torch.svd_lowrank(matrix, q=q, niter=self.niter)
             Vh = V.mH
-        return U[:, :k], S[:k], Vh[:k]
+        # A pair of singular vectors has no sign of its own, and rounding decides it: another machine, or another number
+        # of ranks behind the gradient, would start somewhere else.
+        largest = U.abs().argmax(0, keepdim=True)  # (1, q)
+        signs = torch.where(U.gather(0, largest) < 0, -1.0, 1.0).to(U)  # (1, q)
+        return (U * signs)[:, :k], S[:k], (Vh * signs.mT)[:k]
 
 
 EXACT = TruncatedSVD(oversampling=0)

@@ -150,7 +150,7 @@ class LoraProAdamW(PairOptimizer):
         if self.mode == "efficient":
             return super()._state_shapes(batch)
         d_out, _, d_in = batch.shape
-        return {batch.lora_B[0]: torch.Size((len(batch.lora_B), d_out, d_in))}
+        return {batch.lora_B[0]: torch.Size((d_out, d_in))}
 
     def _update(self, batch: PairBatch, rows: slice, group: dict[str, Any]) -> None:
         A, grad_A, B, grad_B = batch.stacked(rows)

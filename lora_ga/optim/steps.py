@@ -87,7 +87,7 @@ class LoraPlus(Steps):
     def optimizer(self, model: nn.Module, *, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
         if not isinstance(model, PeftModel) or not adapter_pairs(model):
             raise SetupError("LoRA+ steps need LoRA adapters; method full_ft has none: use method/steps=adamw")
-        return create_loraplus_optimizer(
+        optimizer = create_loraplus_optimizer(
             model,
             torch.optim.AdamW,
             lr=learning_rate,
@@ -97,6 +97,9 @@ class LoraPlus(Steps):
             betas=(self.betas[0], self.betas[1]),
             eps=self.eps,
         )
+        # PEFT leaves empty groups in; DeepSpeed drops them, and then rates and groups no longer match (its issue 756).
+        optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -127,3 +127,16 @@ def test_randomised_svd_spans_what_the_exact_one_does():
 def test_weight_scale_needs_the_weight():
     with pytest.raises(ValueError, match="needs the weight"):
         lora_ga_factors(torch.eye(4), 2, 1.0, scale="weight_svd")
+
+
+def test_rounding_does_not_choose_the_signs():
+    generator = torch.Generator().manual_seed(5)
+    G = torch.randn(12, 9, generator=generator, dtype=torch.float64)
+    noise = 1e-12 * torch.randn(12, 9, generator=generator, dtype=torch.float64)
+    for svd in (EXACT, TruncatedSVD(1, 8)):
+        U, S, Vh = svd(G, 4)
+        assert (U.gather(0, U.abs().argmax(0, keepdim=True)) > 0).all()
+        for one, other in zip((U, S, Vh), svd(G + noise, 4), strict=True):
+            torch.testing.assert_close(one, other)
+        transposed = svd(-G, 4)
+        torch.testing.assert_close(transposed[2], -Vh)
