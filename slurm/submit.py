@@ -12,6 +12,7 @@ import datetime
 import fcntl
 import json
 import logging
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -36,6 +37,15 @@ def planned(arguments: Sequence[str]) -> list[PlannedRun]:
     if any(argument.startswith("experiment=") for argument in arguments):
         return expand(arguments)
     return [PlannedRun(tuple(arguments), load_config(arguments))]
+
+
+def require_full_paths(runs: Sequence[PlannedRun]) -> None:
+    """SetupError for a relative path to data: jobs run in a copy of the code, from where it leads nowhere."""
+    given = {name: os.environ.get(name) for name in ("LORA_GA_DATA_ROOT", "LORA_GA_CACHE")}
+    given |= {"task.data_root": next((run.config.task.data_root for run in runs if run.config.task.data_root), None)}
+    for name, path in given.items():
+        if path and not Path(path).is_absolute():
+            raise SetupError(f"{name}={path} is relative, and jobs run elsewhere: give the full path")
 
 
 def in_queue(parent: Path) -> set[str]:
@@ -112,6 +122,7 @@ def main(arguments: Sequence[str]) -> int:
         runs = planned(others)
         for run in runs:
             require_means(run.config)
+        require_full_paths(runs)
         submission = submit(runs, settings)
         if submission is None:
             print("nothing to send")
