@@ -17,7 +17,7 @@ class Settings:
 
     partition: str | None
     account: str | int | None
-    time: str | int
+    time: str
     gpus: NonNegativeInt
     cpus: PositiveInt
     memory: str | int | None

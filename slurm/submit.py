@@ -61,15 +61,19 @@ def in_queue(parent: Path) -> set[str]:
 
 def _entry(index: int, run: PlannedRun) -> Entry:
     """The run as a line of the manifest; the copy of the code is elsewhere, so its folders are given in full."""
+
+    def escape(path: Path) -> str:
+        return str(path).replace("'", "\\'")  # as Hydra reads it
+
     folders = {"records": run.config.records, "outputs": run.config.outputs}
     others = [override for override in run.overrides if override.partition("=")[0] not in folders]
-    quoted = [f"{key}='{str(path).replace(chr(39), chr(92) + chr(39))}'" for key, path in folders.items()]
+    quoted = [f"{key}='{escape(path)}'" for key, path in folders.items()]
     return Entry(index, run.label, run.config.run_id, str(run.record), (*others, *quoted))
 
 
 def prepare(folder: Path, runs: Sequence[PlannedRun], settings: Settings) -> None:
     """Fill the folder of a submission: everything its tasks read."""
-    (folder / "logs").mkdir(parents=True)
+    (folder / "logs").mkdir()
     code = snapshot(folder / "code")
     write_manifest(folder, [_entry(index, run) for index, run in enumerate(runs)])
     for index, run in enumerate(runs):
@@ -87,9 +91,7 @@ def send(folder: Path, count: int, settings: Settings) -> Submission:
     options = ["--parsable", f"--job-name={name}", f"--chdir={ROOT}", f"--output={log_file}", *settings.options()]
     options += [f"--array=0-{count - 1}%{settings.throttle}"] if array else []
     answer = command("sbatch", *options, str(script), str(folder), sys.executable)
-    submission = Submission(folder, answer.strip().partition(";")[0], name, array)
-    write_job(submission)
-    return submission
+    return Submission(folder, answer.strip().partition(";")[0], name, array)
 
 
 def submit(runs: Sequence[PlannedRun], settings: Settings) -> Submission | None:
@@ -105,13 +107,16 @@ def submit(runs: Sequence[PlannedRun], settings: Settings) -> Submission | None:
         log.info("%d runs: %d have ended, %d in the queue, %d to send", len(runs), ended, queued, len(to_send))
         if not to_send:
             return None
-        folder = parent / datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
+        folder = parent / datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S-%f")
+        folder.mkdir()
         try:
             prepare(folder, to_send, settings)
-            return send(folder, len(to_send), settings)
+            submission = send(folder, len(to_send), settings)
         except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)  # what SLURM did not take would look like a submission
+            shutil.rmtree(folder)
             raise
+        write_job(submission)
+        return submission
 
 
 def main(arguments: Sequence[str]) -> int:

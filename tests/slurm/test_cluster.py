@@ -110,7 +110,6 @@ def test_a_run_that_its_user_cancels_stays_cancelled_until_it_is_sent_again(node
     row, counts = capsys.readouterr().out.splitlines()[1:]
     assert counts == "1 runs: 1 failed" and row.endswith("cancelled")
     assert jobs()[sent.job, sent.name].state == "CANCELLED"
-    time.sleep(1.1)  # a submission is named by its second
 
     assert submit(arguments) == 0
     _, again = submissions(sent.folder.parent)
