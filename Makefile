@@ -5,6 +5,8 @@ PYTHON ?= python3
 SCALE ?= local
 SEEDS ?=
 EXPERIMENT ?= glue
+# What SLURM is asked for: a file of conf/slurm, e.g. SLURM=mine.
+SLURM ?= default
 # Where torch comes from, e.g. TORCH_INDEX=https://download.pytorch.org/whl/cpu to leave the CUDA packages out.
 TORCH_INDEX ?=
 VENV := .venv
@@ -19,7 +21,11 @@ define reproduce
 $(PY) -m experiments.report experiment=$(1) scale=$(SCALE) && exit $$status
 endef
 
-.PHONY: help setup assets reproduce $(TABLES:%=reproduce-%) report plan lint test test-fast clean
+define submit
+@$(PY) -m slurm.submit experiment=$(1) scale=$(SCALE) slurm=$(SLURM) $(if $(SEEDS),seeds=$(SEEDS)) $(2)
+endef
+
+.PHONY: help setup assets reproduce $(TABLES:%=reproduce-%) $(TABLES:%=slurm-%) slurm-status report plan lint test test-fast clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -50,6 +56,22 @@ reproduce-code: assets ## the code table with HumanEval; RUNS PROGRAMS THE MODEL
 
 reproduce-chat: assets ## the chat table; MT-Bench only where a judge is configured
 	$(call reproduce,chat)
+
+slurm-glue: assets ## the GLUE table as a SLURM array, sent and not waited for: SLURM=mine for conf/slurm/mine.yaml
+	$(call submit,glue)
+
+slurm-math: assets ## ... the math table
+	$(call submit,math)
+
+slurm-code: assets ## ... the code table; RUNS PROGRAMS THE MODEL WRITES on the nodes, isolated as eval/sandbox.py says
+	@echo "slurm-code consents to running programs that the model writes (eval.run_code=true); see eval/sandbox.py"
+	$(call submit,code,'overrides=["eval.run_code=true"]')
+
+slurm-chat: assets ## ... the chat table
+	$(call submit,chat)
+
+slurm-status: setup ## where the runs of EXPERIMENT (glue) on the cluster stand
+	@$(PY) -m slurm.status experiment=$(EXPERIMENT) scale=$(SCALE)
 
 report: setup ## tables and figures of EXPERIMENT (glue) from your records, nothing trained
 	@$(PY) -m experiments.report experiment=$(EXPERIMENT) scale=$(SCALE)

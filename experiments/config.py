@@ -129,7 +129,7 @@ class RunConfig:
         return self.records / f"{self.experiment_name}-{self.scale}"
 
 
-def _build(kind: type[T], values: Mapping[str, Any], where: str) -> T:
+def build(kind: type[T], values: Mapping[str, Any], where: str) -> T:
     """`kind(**values)` with unknown keys, missing keys and wrong types refused in one line that names the key."""
     where = f"{where}." if where else ""
     known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
@@ -158,12 +158,12 @@ def _build_target(base: type[T], values: Mapping[str, Any], where: str) -> T:
         raise SetupError(f"{where}._target_={target} is not a {base.__name__}")
     if "steps" in settings:
         settings["steps"] = _build_target(Steps, settings["steps"], f"{where}.steps")  # type: ignore[type-abstract]
-    return _build(kind, settings, where)
+    return build(kind, settings, where)
 
 
 def _task(raw: Mapping[str, Any]) -> Task:
-    benchmarks = {k: _build(Benchmark, v, f"task.benchmarks.{k}") for k, v in raw.get("benchmarks", {}).items()}
-    return _build(Task, {**raw, "benchmarks": benchmarks}, "task")
+    benchmarks = {k: build(Benchmark, v, f"task.benchmarks.{k}") for k, v in raw.get("benchmarks", {}).items()}
+    return build(Task, {**raw, "benchmarks": benchmarks}, "task")
 
 
 def _protocol(raw: Mapping[str, Any], where: str) -> Protocol:
@@ -173,11 +173,11 @@ def _protocol(raw: Mapping[str, Any], where: str) -> Protocol:
         if key not in kinds:
             raise SetupError(f"unknown key {where}.answers.{key}; known keys: {', '.join(kinds)}")
         at = f"{where}.answers.{key}"
-        decoding = _build(Decoding, values["decoding"], f"{at}.decoding")
+        decoding = build(Decoding, values["decoding"], f"{at}.decoding")
         decoding.check()
-        answers[key] = _build(kinds[key], {**values, "decoding": decoding}, at)
-    prompts = {k: _build(Prompt, v, f"{where}.prompts.{k}") for k, v in raw["prompts"].items()}
-    return _build(Protocol, {**raw, "answers": Answers(**answers), "prompts": prompts}, where)
+        answers[key] = build(kinds[key], {**values, "decoding": decoding}, at)
+    prompts = {k: build(Prompt, v, f"{where}.prompts.{k}") for k, v in raw["prompts"].items()}
+    return build(Protocol, {**raw, "answers": Answers(**answers), "prompts": prompts}, where)
 
 
 def require_means(config: RunConfig) -> None:
@@ -196,22 +196,22 @@ def parse(raw: Mapping[str, Any]) -> RunConfig:
     """Typed settings from a resolved configuration; SetupError, in one line, for anything wrong in it."""
     method = {k: v for k, v in raw["method"].items() if k != "name"}
     train = {k: v for k, v in raw["train"].items() if k != "gradient"}
-    plain = _build(Plain, {k: v for k, v in raw.items() if k not in GROUPS}, "")
+    plain = build(Plain, {k: v for k, v in raw.items() if k not in GROUPS}, "")
     config = RunConfig(
         scale=raw["scale"]["name"],
-        model=_build(ModelSpec, raw["model"], "model"),
+        model=build(ModelSpec, raw["model"], "model"),
         task=_task(raw["task"]),
         protocol=_protocol(raw["protocol"], "protocol"),
         scoring=_protocol(raw["scoring"], "scoring"),
         method_name=raw["method"]["name"],
         method=_build_target(Method, method, "method"),
-        train=_build(TrainSettings, train, "train"),
-        gradient=_build(GradientSettings, raw["train"]["gradient"], "train.gradient"),
-        eval=_build(EvalSettings, raw["eval"], "eval"),
-        launcher=_build(Engine, raw["launcher"], "launcher"),
-        logger=_build(Logger, raw["logger"], "logger"),
+        train=build(TrainSettings, train, "train"),
+        gradient=build(GradientSettings, raw["train"]["gradient"], "train.gradient"),
+        eval=build(EvalSettings, raw["eval"], "eval"),
+        launcher=build(Engine, raw["launcher"], "launcher"),
+        logger=build(Logger, raw["logger"], "logger"),
         seed=plain.seed,
-        seeds=_build(Seeds, raw["seeds"], "seeds"),
+        seeds=build(Seeds, raw["seeds"], "seeds"),
         experiment_name=plain.experiment_name,
         records=ROOT / plain.records,
         outputs=ROOT / plain.outputs,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import hydra
@@ -91,6 +92,8 @@ def main(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    # conf/hydra/launcher/submitit_slurm.yaml is checked against the plugin's schema, which Hydra tells three times.
+    warnings.filterwarnings("ignore", message=r"(?s).*validated against ConfigStore schema with the same name")
     with one_line_errors():
         if not any(argument.startswith("-") for argument in sys.argv[1:]):
             load_config(sys.argv[1:])  # Hydra's own refusals take several lines

@@ -10,19 +10,21 @@ import pytest
 
 import experiments
 import lora_ga
+import slurm
 from eval import __file__ as eval_file
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("lora_ga", "eval", "experiments")
+PACKAGES = ("lora_ga", "eval", "experiments", "slurm")
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 FORBIDDEN = {
-    "lora_ga": {"eval", "experiments", "hydra", "omegaconf", "wandb", "argparse"},
-    "eval": {"experiments", "hydra", "omegaconf", "wandb"},
-    "experiments": set(),
+    "lora_ga": {"eval", "experiments", "slurm", "hydra", "omegaconf", "wandb", "argparse"},
+    "eval": {"experiments", "slurm", "hydra", "omegaconf", "wandb"},
+    "experiments": {"slurm"},
+    "slurm": {"eval", "hydra", "omegaconf", "wandb"},
 }
 DOCUMENTS = sorted(
     path
-    for pattern in ("*.md", "Makefile", "docs/**/*", "scripts/**/*", "slurm/**/*", "conf/**/*.yaml", "notebooks/*")
+    for pattern in ("*.md", "Makefile", "docs/**/*", "scripts/**/*", "slurm/*.sbatch", "conf/**/*.yaml", "notebooks/*")
     for path in ROOT.glob(pattern)
     if path.is_file()
 )
@@ -61,7 +63,7 @@ def test_nothing_rebinds_the_builtin_eval(path):
 
 
 def test_the_packages_are_the_ones_of_this_checkout():
-    for file in (eval_file, experiments.__file__, lora_ga.__file__):
+    for file in (eval_file, experiments.__file__, lora_ga.__file__, slurm.__file__):
         assert Path(file).resolve().is_relative_to(ROOT)
 
 

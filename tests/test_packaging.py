@@ -57,7 +57,7 @@ def test_every_package_folder_is_installed():
     found = set(find_packages(str(ROOT), include=settings["include"]))
     on_disk = {
         ".".join(path.parent.relative_to(ROOT).parts)
-        for package in ("lora_ga", "eval", "experiments")
+        for package in ("lora_ga", "eval", "experiments", "slurm")
         for path in (ROOT / package).rglob("__init__.py")
     }
     assert found == on_disk

@@ -9,10 +9,12 @@ import pytest
 from experiments.config import load_config
 from experiments.plan import expand
 from experiments.report.__main__ import main as report
+from slurm.settings import read_settings, split
+from slurm.submit import planned
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-COMMANDS = re.findall(r"^    (?:\w+=\S+ )*\.venv/bin/python -m (experiments\.\w+)([^#\n]*)", README, re.M)
+COMMANDS = re.findall(r"^    (?:\w+=\S+ )*\.venv/bin/python -m ((?:experiments|slurm)\.\w+)([^#\n]*)", README, re.M)
 
 
 def test_links_name_files() -> None:
@@ -30,6 +32,11 @@ def test_commands_compose(module: str, arguments: str) -> None:
     overrides = shlex.split(arguments)
     if module == "experiments.run":
         assert load_config(overrides).run_id
+    elif module == "slurm.submit":
+        ours, runs = split(overrides)
+        assert read_settings(ours) and planned(runs)
+    elif module in ("slurm.status", "experiments.report"):
+        assert all(override.partition("=")[0] in ("experiment", "scale") for override in overrides)
     else:
         assert module in ("experiments.plan", "experiments.sweep") and expand(overrides)
 

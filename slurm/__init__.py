@@ -1,0 +1,1 @@
+"""Runs as SLURM jobs: submit (what is sent), task (what a job does), status (where it stands)."""
