@@ -1,4 +1,6 @@
-"""The one exception for things the user can fix."""
+"""The one exception for things the user can fix, and the exit code that asks to be started again."""
+
+REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: told to stop, nothing lost, the same command goes on
 
 
 class SetupError(Exception):
