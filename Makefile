@@ -19,7 +19,7 @@ define reproduce
 $(PY) -m experiments.report experiment=$(1) scale=$(SCALE) && exit $$status
 endef
 
-.PHONY: help setup assets reproduce $(TABLES:%=reproduce-%) report plan lint test test-fast clean
+.PHONY: help setup assets reproduce $(TABLES:%=reproduce-%) report plan wandb-sync lint test test-fast clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -56,6 +56,9 @@ report: setup ## tables and figures of EXPERIMENT (glue) from your records, noth
 
 plan: setup ## the runs of EXPERIMENT (glue), nothing executed
 	@$(PY) -m experiments.plan experiment=$(EXPERIMENT) scale=$(SCALE) $(if $(SEEDS),seeds=$(SEEDS))
+
+wandb-sync: setup ## upload the W&B runs that were made offline (logger=wandb); those uploaded before are skipped
+	@$(PY) -m experiments.wandb_sync
 
 lint: setup ## style and types
 	$(VENV)/bin/ruff check .
