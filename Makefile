@@ -54,8 +54,8 @@ reproduce-chat: assets ## the chat table; MT-Bench only where a judge is configu
 report: setup ## tables and figures of EXPERIMENT (glue) from your records, nothing trained
 	@$(PY) -m experiments.report experiment=$(EXPERIMENT) scale=$(SCALE)
 
-plan: setup ## the runs of EXPERIMENT (glue), nothing executed
-	@$(PY) -m experiments.plan experiment=$(EXPERIMENT) scale=$(SCALE) $(if $(SEEDS),seeds=$(SEEDS))
+plan: assets ## the runs of EXPERIMENT (glue) and what they take in memory, nothing executed
+	@$(PY) -m experiments.plan experiment=$(EXPERIMENT) scale=$(SCALE) $(if $(SEEDS),seeds=$(SEEDS)) memory=true
 
 wandb-sync: setup ## upload the W&B runs that were made offline (logger=wandb); those uploaded before are skipped
 	@$(PY) -m experiments.wandb_sync
