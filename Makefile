@@ -25,7 +25,7 @@ define submit
 @$(PY) -m slurm.submit experiment=$(1) scale=$(SCALE) slurm=$(SLURM) $(if $(SEEDS),seeds=$(SEEDS)) $(2)
 endef
 
-.PHONY: help setup assets reproduce $(TABLES:%=reproduce-%) $(TABLES:%=slurm-%) slurm-status report plan lint test test-fast clean
+.PHONY: help setup assets reproduce $(TABLES:%=reproduce-%) $(TABLES:%=slurm-%) slurm-status report plan wandb-sync lint test test-fast clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -76,8 +76,11 @@ slurm-status: setup ## where the runs of EXPERIMENT (glue) on the cluster stand
 report: setup ## tables and figures of EXPERIMENT (glue) from your records, nothing trained
 	@$(PY) -m experiments.report experiment=$(EXPERIMENT) scale=$(SCALE)
 
-plan: setup ## the runs of EXPERIMENT (glue), nothing executed
-	@$(PY) -m experiments.plan experiment=$(EXPERIMENT) scale=$(SCALE) $(if $(SEEDS),seeds=$(SEEDS))
+plan: assets ## the runs of EXPERIMENT (glue) and what they take in memory, nothing executed
+	@$(PY) -m experiments.plan experiment=$(EXPERIMENT) scale=$(SCALE) $(if $(SEEDS),seeds=$(SEEDS)) memory=true
+
+wandb-sync: setup ## upload the W&B runs that were made offline (logger=wandb); those uploaded before are skipped
+	@$(PY) -m experiments.wandb_sync
 
 lint: setup ## style and types
 	$(VENV)/bin/ruff check .

@@ -19,6 +19,7 @@ from types import FrameType
 
 from experiments.config import ROOT, load_config, one_line_errors
 from experiments.stopping import SIGNALS
+from experiments.workers import in_child
 from lora_ga.errors import REQUEUE
 
 GRACE = 60.0  # seconds that the other ranks have to notice that one has failed, and the first to write its record
@@ -91,8 +92,11 @@ def main(arguments: Sequence[str]) -> int:
 
     for number in (*SIGNALS, signal.SIGINT):
         signal.signal(number, pass_on)
-    # A session of their own: a terminal's ctrl-C reaches them through pass_on, once.
-    processes += [subprocess.Popen(command, cwd=ROOT, env=setting, start_new_session=True) for setting in settings]
+    for setting in settings:
+        # A session of their own: a terminal's ctrl-C reaches them through pass_on, once.
+        processes.append(
+            subprocess.Popen(command, cwd=ROOT, env=setting, start_new_session=True, preexec_fn=in_child())
+        )
     try:
         return wait(processes)
     finally:

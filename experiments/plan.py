@@ -1,4 +1,7 @@
-"""What a sweep consists of, with model and data untouched: `python -m experiments.plan experiment=glue scale=paper`."""
+"""What a sweep consists of, with model and data untouched: `python -m experiments.plan experiment=glue scale=paper`.
+
+With memory=true also what its runs take under each launcher, of nproc=<ranks>.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from experiments.config import RunConfig, compose_config, one_line_errors, parse, resolve
+from experiments.memory import memory_table
 from lora_ga.errors import SetupError
 from lora_ga.records import read_record, record_name
 
@@ -117,6 +121,9 @@ def main(arguments: Sequence[str]) -> None:
             )
         finished = sum(run.state == "finished" for run in runs)
         print(f"{len(runs)} runs, {finished} finished")
+        settings = compose_config(arguments, "sweep")
+        if settings.memory:
+            print(*memory_table([run.config for run in runs], settings.nproc), sep="\n")
 
 
 if __name__ == "__main__":

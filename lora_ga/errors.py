@@ -1,6 +1,6 @@
-"""The one exception for things the user can fix, and the exit code that is no error."""
+"""The one exception for things the user can fix, and the exit code that asks to be started again."""
 
-REQUEUE = 75  # EX_TEMPFAIL: a run that was told to stop has kept its checkpoint and wants to be started again
+REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: told to stop, nothing lost, the same command goes on
 
 
 class SetupError(Exception):

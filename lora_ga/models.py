@@ -134,12 +134,16 @@ def _auto_class(spec: ModelSpec) -> Any:
     return AutoModelForSeq2SeqLM if spec.architecture == "seq2seq" else AutoModelForCausalLM
 
 
-def target_shapes(spec: ModelSpec) -> dict[str, tuple[int, int]]:
-    """Shape (d_out, d_in) of every target, from the architecture alone: no weight is read."""
+def skeleton(spec: ModelSpec) -> PreTrainedModel:
+    """The model on the meta device, from the architecture alone: shapes, and no weight is read."""
     config = _config(spec)  # may convert the asset, which is no work for the meta device
     with torch.device("meta"):
-        skeleton = _auto_class(spec).from_config(config)
-    linears = target_linears(skeleton, spec.target_modules)
+        return _auto_class(spec).from_config(config)
+
+
+def target_shapes(spec: ModelSpec) -> dict[str, tuple[int, int]]:
+    """Shape (d_out, d_in) of every target."""
+    linears = target_linears(skeleton(spec), spec.target_modules)
     return {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
 
 

@@ -13,15 +13,16 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import experiments.rows
 import experiments.run
-import experiments.sweep
+import experiments.workers
 import lora_ga.models
-from experiments.config import ROOT
-from experiments.plan import expand
+from experiments.config import ROOT, load_config
+from experiments.plan import PlannedRun, expand
 from experiments.plan import main as plan_main
 from experiments.sweep import main as sweep_main
 from experiments.sweep import sweep
@@ -161,20 +162,23 @@ def processes(monkeypatch):
 
     started = Processes()
 
-    def start(command, stdout, **kwargs):
-        from experiments.config import load_config
-        from experiments.plan import PlannedRun
+    class Ended:
+        pid = 0
 
-        overrides = tuple(command[3:])
-        run = PlannedRun(overrides, load_config(overrides))
-        assert command[:3] == [sys.executable, "-m", "experiments.run"] and kwargs["cwd"] == ROOT
-        started.append(run.config.method_name)
-        bad = run.config.method_name in started.fails
-        write(run, "failed" if bad else "finished")
-        stdout.write("Traceback\nValueError: on purpose\n" if bad else "")
-        return subprocess.CompletedProcess(command, 1 if bad else 0)
+        def __init__(self, command, stdout, cwd, **kwargs):
+            run = PlannedRun(tuple(command[3:]), load_config(command[3:]))
+            assert command[:3] == [sys.executable, "-m", "experiments.run"] and cwd == ROOT
+            started.append(run.config.method_name)
+            bad = run.config.method_name in started.fails
+            write(run, "failed" if bad else "finished")
+            stdout.write("Traceback\nValueError: on purpose\n" if bad else "")
+            self.returncode = 1 if bad else 0
 
-    monkeypatch.setattr(experiments.sweep.subprocess, "run", start)
+        def poll(self):
+            return self.returncode
+
+    monkeypatch.setattr(experiments.workers.subprocess, "Popen", Ended)
+    monkeypatch.setattr(experiments.workers, "POLL_SECONDS", 0.001)
     return started
 
 
@@ -203,9 +207,8 @@ def test_a_failing_run_stops_nobody_and_is_tried_again(one_task, processes, capl
 
 
 def test_a_run_that_dies_without_a_record_counts_as_failed(one_task, monkeypatch, tmp_path):
-    monkeypatch.setattr(
-        experiments.sweep.subprocess, "run", lambda command, **kwargs: subprocess.CompletedProcess(command, -9)
-    )
+    ended = SimpleNamespace(pid=0, returncode=-9, poll=lambda: -9)
+    monkeypatch.setattr(experiments.workers.subprocess, "Popen", lambda command, **kwargs: ended)
     assert sweep(expand(one_task("lora"))) == 1
     assert not list((tmp_path / "records").rglob("*.json"))
 
