@@ -20,8 +20,9 @@ from experiments.report.exports import csv_text, latex
 from experiments.report.figures import write_figures
 from experiments.report.flags import flags
 from experiments.report.grid import METHODS, TASKS, build_grid
-from experiments.report.loading import NO_PLAN, Entry, Plan, PublishedRow, read_entries, read_plan, read_published
+from experiments.report.loading import NO_PLAN, Entry, Plan, read_entries, read_plan
 from experiments.report.page import legend, page
+from experiments.report.published import PublishedRow, read_published
 from experiments.report.tables import MainTable
 from lora_ga.errors import SetupError
 from lora_ga.records import write_atomic

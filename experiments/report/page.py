@@ -9,7 +9,8 @@ from experiments.report.columns import LOSS, LOSSES, unit
 from experiments.report.figures import held_out_loss
 from experiments.report.flags import hardware, machine
 from experiments.report.grid import Cell, Grid, Row, in_order, rate_text
-from experiments.report.loading import Entry, PublishedRow
+from experiments.report.loading import Entry
+from experiments.report.published import PublishedRow
 from experiments.report.tables import NOT_RUN, MainTable, headings, lines, markdown
 from lora_ga.records import RunRecord
 
