@@ -58,6 +58,7 @@ class Plan:
     rates: Mapping[str, tuple[float, ...]]
     notes: tuple[str, ...] = ()
     protocols: tuple[str, ...] = ()  # under which every trained model is scored, where there are several
+    search: str | None = None  # the experiment whose validation runs chose the learning rates
 
 
 NO_PLAN = Plan({}, {})
@@ -115,6 +116,7 @@ def read_plan(path: Path, scale: str) -> Plan:
         table = _yaml(path)[scale]
         rates = {name: tuple(map(float, settings["learning_rate"])) for name, settings in table["methods"].items()}
         tasks = {task: _planned_metrics(path.parents[1] / "task" / f"{task}.yaml") for task in table["tasks"]}
-        return Plan(tasks, rates, tuple(table.get("notes", ())), tuple(table.get("scored_under", ())))
+        notes, protocols = tuple(table.get("notes", ())), tuple(table.get("scored_under", ()))
+        return Plan(tasks, rates, notes, protocols, table.get("search"))
     except (OSError, KeyError, TypeError, OmegaConfBaseException):
         return NO_PLAN

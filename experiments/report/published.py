@@ -65,6 +65,7 @@ class PaperTable:
     paper: str
     metric: str
     note: str
+    models: tuple[str, ...]
     protocol: str | None
     seeds: int | None
     experiments: tuple[str, ...]
@@ -133,6 +134,7 @@ def read_tables(path: Path) -> tuple[list[PaperTable], dict[str, str]]:
             table["paper"],
             table["metric"],
             table.get("note", ""),
+            tuple(table.get("models", ())),
             table.get("protocol"),
             table["seeds"],
             tuple(table.get("records", table["experiment"])),

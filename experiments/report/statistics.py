@@ -57,19 +57,12 @@ class Difference:
     p: float | None
 
 
-def _without_spread(value: float) -> Difference:
-    """Of values that do not vary at all: certain, for what so few of them are worth."""
-    return Difference(value, value, value, 1.0 if abs(value) < 1e-12 else 0.0)
-
-
 def paired(first: Sequence[float], second: Sequence[float]) -> Difference:
-    """first - second, value by value on shared seeds: the paired t test."""
+    """first - second, value by value on shared seeds: the paired t test; gaps without spread allow none."""
     gaps = np.subtract(first, second)
     value = float(gaps.mean())
-    if len(gaps) == 1:
+    if np.ptp(gaps) < 1e-12:  # one seed, or coarse scores that happen to agree
         return Difference(value, None, None, None)
-    if np.ptp(gaps) < 1e-12:
-        return _without_spread(value)
     found = stats.ttest_rel(first, second)
     low, high = found.confidence_interval(LEVEL)
     return Difference(value, float(low), float(high), float(found.pvalue))
@@ -83,7 +76,7 @@ def to_published(ours: Summary, mean: float, std: float | None, n: int | None) -
     mine = ours.std**2 / ours.n
     theirs = std**2 / n if std is not None and n else 0.0
     if mine + theirs == 0:
-        return _without_spread(value)
+        return Difference(value, value, value, 1.0 if abs(value) <= ROUNDING else 0.0)
     freedom = (mine + theirs) ** 2 / (mine**2 / (ours.n - 1) + (theirs**2 / (n - 1) if theirs and n else 0.0))
     error = math.sqrt(mine + theirs)
     low, high = stats.t.interval(LEVEL, freedom, loc=value, scale=error)
@@ -125,7 +118,7 @@ def bootstrap(groups: Sequence[Sequence[float]], statistic: Callable[..., Any] =
 
 
 def probability_of_improvement(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> float:
-    """Mean over tasks of P(a run of `first` is higher than one of `second`), ties counting half: Mann and Whitney's U."""
+    """Mean over tasks of P(a run of `first` beats one of `second`), ties counting half: Mann and Whitney's U."""
     shares = [stats.mannwhitneyu(x, y).statistic / (len(x) * len(y)) for x, y in zip(first, second, strict=True)]
     return float(np.mean(shares))
 
