@@ -4,7 +4,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 SCALE ?= local
 SEEDS ?=
-EXPERIMENT ?= glue
+EXPERIMENT ?=
+RECORDS ?= results/runs
 # Where torch comes from, e.g. TORCH_INDEX=https://download.pytorch.org/whl/cpu to leave the CUDA packages out.
 TORCH_INDEX ?=
 VENV := .venv
@@ -19,7 +20,7 @@ define reproduce
 $(PY) -m experiments.report experiment=$(1) scale=$(SCALE) && exit $$status
 endef
 
-.PHONY: help setup assets reproduce $(TABLES:%=reproduce-%) report plan lint test test-fast clean
+.PHONY: help setup assets reproduce $(TABLES:%=reproduce-%) report baseline-tables plan lint test test-fast clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -51,11 +52,16 @@ reproduce-code: assets ## the code table with HumanEval; RUNS PROGRAMS THE MODEL
 reproduce-chat: assets ## the chat table; MT-Bench only where a judge is configured
 	$(call reproduce,chat)
 
-report: setup ## tables and figures of EXPERIMENT (glue) from your records, nothing trained
-	@$(PY) -m experiments.report experiment=$(EXPERIMENT) scale=$(SCALE)
+report: setup ## tables and figures of EXPERIMENT (all) and the papers' tables from RECORDS (yours), nothing trained
+	@$(PY) -m experiments.report $(if $(EXPERIMENT),experiment=$(EXPERIMENT) scale=$(SCALE)) records=$(RECORDS)
+
+baseline-tables: setup ## tables and figures of the committed records, after records were added to them
+	@for folder in results/baseline/*-local; do name=$$(basename $$folder -local); \
+	$(PY) -m experiments.report experiment=$$name records=results/baseline baseline=results/none out=$$folder || exit 1; done
+	@$(PY) -m experiments.report scale=paper records=results/baseline out=results/baseline/papers
 
 plan: setup ## the runs of EXPERIMENT (glue), nothing executed
-	@$(PY) -m experiments.plan experiment=$(EXPERIMENT) scale=$(SCALE) $(if $(SEEDS),seeds=$(SEEDS))
+	@$(PY) -m experiments.plan experiment=$(or $(EXPERIMENT),glue) scale=$(SCALE) $(if $(SEEDS),seeds=$(SEEDS))
 
 lint: setup ## style and types
 	$(VENV)/bin/ruff check .

@@ -94,7 +94,9 @@ def convergence(grid: Grid, pictures: Sequence[str]) -> Section | None:
         return None
     measured = [entry.record for entry in grid.entries if held_out_loss(entry.record)]
     sizes = in_order((str(record.config.get("train", {}).get("held_out_rows", "?")) for record in measured), ())
-    about = f"Held-out loss in the picture: of the first {', '.join(sizes)} held-out rows." if sizes else ""
+    about = "No record holds the held-out loss along the way, so there is no speed-up to a target."
+    if sizes:
+        about = f"Held-out loss in the picture: of the first {', '.join(sizes)} held-out rows."
     return Section("convergence", "Convergence", (), (), 0, about, (), tuple(pictures))
 
 

@@ -141,6 +141,12 @@ def under_own_protocol(library: Library, table: PaperTable, row: PaperRow, colum
     return _measured(_by_task(_of(known, table, row, table.protocol or "")), column)
 
 
+def tuning_runs(library: Library, table: PaperTable, name: str) -> list[Entry]:
+    """The runs on validation rows that chose the rates of an experiment's tuned runs."""
+    known = library.entries[name + TUNED]
+    return [e for e in known if on_validation(e) and e.record.model in table.models and e.record.protocol == COMMON]
+
+
 def tuned(library: Library, table: PaperTable, row: PaperRow, column: Column) -> Measured:
     """Our runs under the common protocol at the rate that the validation rows chose, scored on test rows."""
     known = [entry for name in table.experiments for entry in library.entries[name + TUNED]]

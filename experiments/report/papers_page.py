@@ -7,23 +7,26 @@ from collections.abc import Sequence
 from experiments.report.comparison import interval_text
 from experiments.report.exports import csv_lines, escape, latex_table
 from experiments.report.flags import flags
-from experiments.report.grid import build_grid, in_order
+from experiments.report.grid import Grid, build_grid, in_order
 from experiments.report.loading import NO_PLAN
 from experiments.report.papers import (
     NOT_RUN,
     OUTSIDE,
+    TUNED,
     WITHIN,
     Library,
     Measured,
     PaperCell,
     Verdict,
     cells,
+    tuning_runs,
     under_own_protocol,
 )
 from experiments.report.papers import tuned as tuned_runs
 from experiments.report.published import PaperRow, PaperTable, Printed, differing
 from experiments.report.statistics import holm
 from experiments.report.tables import markdown, printed_text, summary_text
+from experiments.report.tuning import footnotes, searches
 
 LEGEND = (
     "Published: mean ± std as printed; grey with † where memory alone vouches for it, and then no verdict rests on it.",
@@ -106,6 +109,9 @@ def _notes(library: Library, table: PaperTable, found: Sequence[Sequence[PaperCe
             f"Holm's correction for {len(ps)} tests."
         )
     used = {entry.file: entry for row in found for cell in row for entry in cell.own.entries}
+    for name in table.experiments:
+        runs = tuning_runs(library, table, name)
+        notes += footnotes(searches(runs), name + TUNED, runs, NO_PLAN, Grid((), ()))
     if used:
         notes += [f"Own protocol: {flag}" for flag in flags(build_grid(list(used.values()), NO_PLAN, "paper"), [])]
     return notes

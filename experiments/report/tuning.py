@@ -143,9 +143,7 @@ class Shrinkage:
             left = known.signed(self.tuned)
             return f"{start}: {left} with each at its own rate; LoRA was not run at {rate_text(self.rate)}."
         if self.rate == self.base_rate:
-            return (
-                f"{start}: {known.signed(self.tuned)} over LoRA at {rate_text(self.rate)}, which is the best of both."
-            )
+            return f"{start}: {known.signed(self.tuned)} over LoRA at {rate_text(self.rate)}, the best rate of both."
         text = (
             f"{start}: {known.signed(self.shared)} over LoRA at the shared rate {rate_text(self.rate)}, "
             f"{known.signed(self.tuned)} over LoRA at its own {rate_text(self.base_rate)}"

@@ -156,6 +156,24 @@ def test_tuned_is_the_rate_that_validation_rows_chose_though_another_is_better_o
     assert known.verdict.kind == NOT_RUN  # a verdict is of the paper's own protocol
 
 
+def test_flags_and_the_search_are_told_under_the_table(bench: Any, run: Any) -> None:
+    """A run at guessing level, one that diverged, a dirty tree, and how the tuned rate was chosen."""
+    dirty = {"git_commit": "b" * 40, "git_dirty": True, "cpu": "AVX2", "cpu_count": 64, "torch_threads": 64}
+    run("sst2", "lora", [0.50, 0.94], model="t5_base")
+    run("cola", "lora", [0.70], model="t5_base", status="diverged", environment=dirty)
+    common = {"experiment": "glue_tuned", "protocol": "common", "model": "t5_base", "split": "validation"}
+    run("sst2", "lora", [0.90], rate=1e-4, **common)
+    run("sst2", "lora", [0.91], rate=5e-4, **common)
+    page = (written(bench) / "papers.md").read_text(encoding="utf-8")
+    notes = page.split("## LoRA-GA, table 1\n", 1)[1].split("\n## ", 1)[0]
+    assert "Random level" in notes and "lora: sst2 (1 of 2 runs)" in notes
+    assert "1 run diverged, in no mean: lora: cola seed 0." in notes
+    assert "Dirty tree: 1 of 3 runs" in notes and "Mixed hardware" in notes
+    assert "(experiment=glue_tuned), seeds a rate: 1; one grid for every method: 1e-4, 5e-4; runs a method: 2." in notes
+    assert "Chosen: lora 5e-4." in notes
+    assert cell(bench, "lora_ga_glue_t5base", "LoRA", "CoLA").verdict.why == "cola: diverged"
+
+
 def test_untrusted_judge_is_no_comparison(bench: Any, run: Any) -> None:
     judge = {"eval": {"judge": {"model": "small", "trusted": False}}}
     run("wizardlm", "lora", [5.6, 5.61, 5.62], "chat", model="llama2_7b", metric="mt_bench/first_turn", settings=judge)
