@@ -4,7 +4,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 SCALE ?= local
 SEEDS ?=
-EXPERIMENT ?= glue
+EXPERIMENT ?=
+RECORDS ?= results/runs
 # What SLURM is asked for: a file of conf/slurm, e.g. SLURM=mine.
 SLURM ?= default
 # Where torch comes from, e.g. TORCH_INDEX=https://download.pytorch.org/whl/cpu to leave the CUDA packages out.
@@ -25,7 +26,7 @@ define submit
 @$(PY) -m slurm.submit experiment=$(1) scale=$(SCALE) slurm=$(SLURM) $(if $(SEEDS),seeds=$(SEEDS)) $(2)
 endef
 
-.PHONY: help setup assets reproduce $(TABLES:%=reproduce-%) $(TABLES:%=slurm-%) slurm-status report plan wandb-sync lint test test-fast clean
+.PHONY: help setup assets reproduce $(TABLES:%=reproduce-%) $(TABLES:%=slurm-%) slurm-status report baseline-tables plan wandb-sync lint test test-fast clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -71,13 +72,18 @@ slurm-chat: assets ## ... the chat table
 	$(call submit,chat)
 
 slurm-status: setup ## where the runs of EXPERIMENT (glue) on the cluster stand
-	@$(PY) -m slurm.status experiment=$(EXPERIMENT) scale=$(SCALE)
+	@$(PY) -m slurm.status experiment=$(or $(EXPERIMENT),glue) scale=$(SCALE)
 
-report: setup ## tables and figures of EXPERIMENT (glue) from your records, nothing trained
-	@$(PY) -m experiments.report experiment=$(EXPERIMENT) scale=$(SCALE)
+report: setup ## tables and figures of EXPERIMENT (all) and the papers' tables from RECORDS (yours), nothing trained
+	@$(PY) -m experiments.report $(if $(EXPERIMENT),experiment=$(EXPERIMENT) scale=$(SCALE)) records=$(RECORDS)
+
+baseline-tables: setup ## tables and figures of the committed records, after records were added to them
+	@for folder in results/baseline/*-local; do name=$$(basename $$folder -local); \
+	$(PY) -m experiments.report experiment=$$name records=results/baseline baseline=results/none out=$$folder || exit 1; done
+	@$(PY) -m experiments.report scale=paper records=results/baseline out=results/baseline/papers
 
 plan: assets ## the runs of EXPERIMENT (glue) and what they take in memory, nothing executed
-	@$(PY) -m experiments.plan experiment=$(EXPERIMENT) scale=$(SCALE) $(if $(SEEDS),seeds=$(SEEDS)) memory=true
+	@$(PY) -m experiments.plan experiment=$(or $(EXPERIMENT),glue) scale=$(SCALE) $(if $(SEEDS),seeds=$(SEEDS)) memory=true
 
 wandb-sync: setup ## upload the W&B runs that were made offline (logger=wandb); those uploaded before are skipped
 	@$(PY) -m experiments.wandb_sync

@@ -1,7 +1,8 @@
-"""Tables and figures from records: `python -m experiments.report experiment=glue [scale=local] [records=results/runs]
-[baseline=results/baseline] [out=results]`. Writes <out>/tables/<experiment>-<scale>.{md,csv,tex} and
-<out>/figures/<experiment>-<scale>-<task>.{png,pdf}; the same records give the same bytes. Records of the
-same models scored under several protocols give the table of how much protocols and methods move instead.
+"""Tables and figures from records: `python -m experiments.report [experiment=glue] [scale=local] [records=results/runs]
+[baseline=results/baseline] [out=results]`; without experiment, of all that has records, and the papers' tables.
+Writes <out>/tables/<experiment>-<scale>.{md,csv,tex}, -analysis.{csv,tex} and <out>/figures/<experiment>-<scale>-*; the
+same records give the same bytes. Records of the same models scored under several protocols give the table of how much
+protocols and methods move instead.
 """
 
 from __future__ import annotations
@@ -15,27 +16,31 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.report import protocols
+from experiments.report import papers_page, protocols, sections
+from experiments.report.analysis import SearchRecords, analyse
+from experiments.report.drawing import save
 from experiments.report.exports import csv_text, latex
-from experiments.report.figures import write_figures
 from experiments.report.flags import flags
 from experiments.report.grid import METHODS, TASKS, build_grid
-from experiments.report.loading import NO_PLAN, Entry, Plan, PublishedRow, read_entries, read_plan, read_published
+from experiments.report.loading import NO_PLAN, Entry, Plan, read_entries, read_plan
 from experiments.report.page import legend, page
+from experiments.report.papers import read_library
+from experiments.report.published import PublishedRow, read_published, read_tables
 from experiments.report.tables import MainTable
 from lora_ga.errors import SetupError
 from lora_ga.records import write_atomic
 
 log = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[2]
+PUBLISHED = ROOT / "results" / "published.yaml"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The keys of the command line; relative paths start at the repository."""
+    """The keys of the command line; relative paths start at the repository; no experiment or scale: all."""
 
-    experiment: str
-    scale: str = "local"
+    experiment: str = ""
+    scale: str = ""
     records: str = "results/runs"
     baseline: str = "results/baseline"
     out: str = "results"
@@ -59,11 +64,17 @@ def parse(arguments: Sequence[str]) -> Settings:
                 f"unknown key {key}; {f'did you mean {near[0]}?' if near else 'keys: ' + ', '.join(known)}"
             )
         values[key] = value
-    if not re.fullmatch(r"[\w.-]+", values.get("experiment", "")):
+    if not re.fullmatch(r"[\w.-]+", values.get("experiment", "glue")):
         raise SetupError("say which experiment, e.g. experiment=glue")
     if values.get("scale", "local") not in TASKS:
         raise SetupError(f"scale={values['scale']} is not one of {', '.join(TASKS)}")
+    if "experiment" in values:
+        values.setdefault("scale", "local")
     return Settings(**values)
+
+
+def _plan(experiment: str, scale: str) -> Plan:
+    return read_plan(ROOT / "conf" / "experiment" / f"{experiment}.yaml", scale)
 
 
 def _beside(settings: Settings, plan: Plan, entries: Sequence[Entry]) -> tuple[MainTable, dict[str, str]]:
@@ -71,7 +82,7 @@ def _beside(settings: Settings, plan: Plan, entries: Sequence[Entry]) -> tuple[M
     published: list[PublishedRow] = []
     sources: dict[str, str] = {}
     if settings.scale == "paper":
-        published, sources = read_published(ROOT / "results" / "published.yaml", settings.experiment)
+        published, sources = read_published(PUBLISHED, settings.experiment)
     grid = build_grid(
         entries,
         plan,
@@ -88,9 +99,23 @@ def _beside(settings: Settings, plan: Plan, entries: Sequence[Entry]) -> tuple[M
     return MainTable(grid, baseline, published), sources
 
 
+def _search(settings: Settings, plan: Plan, entries: Sequence[Entry]) -> SearchRecords | None:
+    """The search that the plan names, the user's own before the committed one; or the table itself, if it is one."""
+    if plan.search is None:
+        tried = {(entry.record.method, entry.record.learning_rate) for entry in entries}
+        several = len(tried) > len({method for method, _ in tried})
+        return SearchRecords(settings.experiment, entries, (), plan) if several else None
+    for folder in (settings.records, settings.baseline):
+        path = ROOT / folder / f"{plan.search}-{settings.scale}"
+        known, skipped = read_entries(path, plan.search, settings.scale)
+        if known:
+            return SearchRecords(plan.search, known, skipped, _plan(plan.search, settings.scale))
+    return None
+
+
 def report(settings: Settings) -> Path:
-    """Write everything; returns the Markdown page."""
-    plan = read_plan(ROOT / "conf" / "experiment" / f"{settings.experiment}.yaml", settings.scale)
+    """Write everything of one experiment; returns the Markdown page."""
+    plan = _plan(settings.experiment, settings.scale)
     folder = ROOT / settings.records / settings.name
     entries, skipped = read_entries(folder, settings.experiment, settings.scale)
     if not entries:
@@ -100,30 +125,42 @@ def report(settings: Settings) -> Path:
     title = f"{settings.experiment}, {settings.scale} scale"
     if plan.protocols or protocols.rescored(entries):
         grids = protocols.by_protocol(entries, plan, settings.scale)
-        return _write(
-            settings,
-            csv=protocols.csv_text(grids),
-            tex=protocols.latex(grids, title, settings.name),
-            md=protocols.page(title, grids, plan.notes, skipped),
-        )
+        tex, md = protocols.latex(grids, title, settings.name), protocols.page(title, grids, plan.notes, skipped)
+        return _write(settings, settings.name, csv=protocols.csv_text(grids), tex=tex, md=md)
     table, sources = _beside(settings, plan, entries)
-    notes = [*plan.notes, *flags(table.grid, skipped)]
-    pictures = write_figures(table.grid, ROOT / settings.out / "figures", settings.name)
-    links = {task: f"../figures/{path.name}" for task, path in pictures.items()}
+    known = analyse(table.grid, settings.name, _search(settings, plan, entries))
+    notes = [*known.notes, *plan.notes, *flags(table.grid, skipped)]
+    save(known.figures, ROOT / settings.out / "figures")
+    below = {"csv": sections.csv_text(known.sections), "tex": sections.latex(known.sections, title, settings.name)}
+    _write(settings, f"{settings.name}-analysis", **below)
     return _write(
         settings,
+        settings.name,
         csv=csv_text(table),
         tex=latex(table, title, settings.name, [*legend(table), *notes]),
-        md=page(title, table, notes, sources, links),
+        md=page(title, table, notes, sources, known.sections),
     )
 
 
-def _write(settings: Settings, *, csv: str, tex: str, md: str) -> Path:
-    """The table's three files, the page last."""
-    tables = ROOT / settings.out / "tables"
-    write_atomic(tables / f"{settings.name}.csv", csv)
-    write_atomic(tables / f"{settings.name}.tex", tex)
-    return write_atomic(tables / f"{settings.name}.md", md)
+def report_all(settings: Settings) -> list[Path]:
+    """Write every experiment with a folder of records and, unless only local scale is asked for, the papers' tables."""
+    pages = []
+    scales = [settings.scale] if settings.scale else list(TASKS)
+    for folder in sorted(path.name for path in (ROOT / settings.records).glob("*") if path.is_dir()):
+        experiment, _, scale = folder.rpartition("-")
+        if experiment and scale in scales:
+            pages.append(report(dataclasses.replace(settings, experiment=experiment, scale=scale)))
+    if "paper" in scales:
+        library = read_library(ROOT / settings.records, *read_tables(PUBLISHED), "paper")
+        texts = {"csv": papers_page.csv_text(library), "tex": papers_page.latex(library)}
+        pages.append(_write(settings, "papers", **texts, md=papers_page.page(library)))
+    return pages
+
+
+def _write(settings: Settings, name: str, **texts: str) -> Path:
+    """A table's files by suffix; returns the last."""
+    paths = [write_atomic(ROOT / settings.out / "tables" / f"{name}.{suffix}", text) for suffix, text in texts.items()]
+    return paths[-1]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -131,11 +168,12 @@ def main(arguments: Sequence[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("fontTools").setLevel(logging.WARNING)  # it reports every glyph of a PDF
     try:
-        path = report(parse(arguments))
+        settings = parse(arguments)
+        pages = [report(settings)] if settings.experiment else report_all(settings)
     except SetupError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(path)
+    print("\n".join(map(str, pages)))
     return 0
 
 

@@ -16,6 +16,7 @@ WORDS = {
     "first_turn": "first turn",
     "both_turns": "both turns",
     "held_out_loss": "held-out loss",
+    "eval_loss": "loss of the gold labels",
 }
 
 
@@ -26,6 +27,7 @@ class Unit:
     words: str
     factor: float
     digits: int
+    lower_is_better: bool = False
 
     def text(self, value: float) -> str:
         """A value that is already in this unit."""
@@ -37,7 +39,7 @@ class Unit:
 
 
 PERCENT = Unit("percent", 100, 2)
-LOSS = Unit("nats per target token", 1, 4)
+LOSS = Unit("nats per target token", 1, 4, lower_is_better=True)
 GRADE = Unit("points of 10", 1, 2)  # MT-Bench's judge grades from 1 to 10
 
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 from experiments.report.columns import PERCENT
 from experiments.report.grid import Row
-from experiments.report.loading import PublishedRow
+from experiments.report.published import AVERAGE, PublishedRow
 from experiments.report.statistics import Summary
-from experiments.report.tables import AVERAGE, MainTable, difference, headings, lines, status
+from experiments.report.tables import MainTable, difference, headings, lines, status
 
 LATEX = {
     "\\": r"\textbackslash{}",
@@ -125,9 +125,15 @@ def _csv_ours(table: MainTable, row: Row) -> list[list[str]]:
 def _csv_published(table: MainTable, row: PublishedRow) -> list[list[str]]:
     result = []
     for column in (*table.grid.columns, *([AVERAGE] if table.grid.averaged else [])):
-        mean, std = row.cells.get(column, (None, None))
+        cell = row.cells.get(column)
+        mean, std = (cell.mean, cell.std) if cell else (None, None)
         numbers = ["" if x is None else f"{x:.2f}" for x in (mean, std)]
-        tail = [" ".join(row.source), str(row.from_memory).lower(), f"{row.confidence:g}", column.unit.words]
+        tail = [
+            " ".join(row.source),
+            str(cell.from_memory if cell else row.from_memory).lower(),
+            f"{row.confidence:g}",
+            column.unit.words,
+        ]
         start = [row.method, row.method, column.task, row.title, "published" if mean is not None else "not known"]
         result.append([*start, column.metric, *numbers, *[""] * 7, *tail])
     return result

@@ -124,6 +124,16 @@ def machine(entry: Entry) -> str:
     return f"{gpu}CPU {known.get('cpu', '?')}, {cores} cores, {threads} torch threads"
 
 
+def on_machine(entry: Entry, text: str) -> bool:
+    return machine(entry) == text
+
+
+def main_machine(grid: Grid) -> str | None:
+    """The machine most finished runs were made on: seconds and bytes are compared on one machine only."""
+    made = [machine(entry) for entry in grid.entries if entry.finished]
+    return min(set(made), key=lambda text: (-made.count(text), text)) if made else None
+
+
 def hardware(grid: Grid) -> list[str]:
     """The machines behind the records, each once."""
     return in_order(map(machine, grid.entries), ())

@@ -44,6 +44,12 @@ def rate_text(rate: float) -> str:
     return f"{float(mantissa):g}e{int(exponent)}"
 
 
+def rank(entry: Entry) -> int | None:
+    """The rank of a run's adapters; None for full fine-tuning."""
+    value = (entry.record.config.get("method") or {}).get("r")
+    return None if value is None else int(value)
+
+
 def settings_hash(entry: Entry) -> str:
     """What a run was besides method, task, learning rate and seed; the same on every machine."""
     config = entry.record.config
@@ -126,11 +132,13 @@ class Row:
     settings: str | None
     columns: tuple[Column, ...]
     runs: Mapping[str, tuple[Entry, ...]]
+    rank: int | None = None  # where it is what tells the settings apart
 
     @property
     def label(self) -> str:
         parts = [f"lr {rate_text(self.rate)}"] if self.rate is not None else []
-        parts += [f"settings {self.settings}"] if self.settings else []
+        if self.settings:
+            parts.append(f"rank {self.rank}" if self.rank is not None else f"settings {self.settings}")
         return f"{self.method} ({', '.join(parts)})" if parts else self.method
 
     @property
@@ -206,14 +214,18 @@ def _rows_of(
             if rate in (None, entry.record.learning_rate) and (kind is None or settings_hash(entry) == kind)
         ]
         runs = {task: tuple(entry for entry in chosen if entry.record.task == task) for task in tasks}
-        return Row(method, rate, kind, columns, runs)
+        kinds = {(settings_hash(entry), rank(entry)) for entry in entries if rate in (None, entry.record.learning_rate)}
+        ranks = [known for _, known in kinds]
+        own = [known for other, known in kinds if other == kind]
+        return Row(method, rate, kind, columns, runs, own[0] if own and len(set(ranks)) == len(ranks) else None)
 
     rates: list[float] = sorted({*planned, *(entry.record.learning_rate for entry in entries)})
     several = len(planned) > 1 or any(len(cell.rates) > 1 for cell in row(None, None).tasks.values())
     for rate in rates if several else [None]:
         whole = row(rate, None)
         if any(len(cell.settings) > 1 for cell in whole.tasks.values()):
-            yield from (row(rate, kind) for kind in sorted(set(map(settings_hash, whole.entries))))
+            kinds = {(rank(entry) or 0, settings_hash(entry)) for entry in whole.entries}
+            yield from (row(rate, kind) for _, kind in sorted(kinds))
         else:
             yield whole
 

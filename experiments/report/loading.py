@@ -1,4 +1,4 @@
-"""What a report reads: the records of an experiment, the plan in conf/experiment, the papers' numbers."""
+"""What a report reads: the records of an experiment and the plan in conf/experiment."""
 
 from __future__ import annotations
 
@@ -12,18 +12,11 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.report.columns import Column, unit
+from experiments.report.columns import unit
 from lora_ga.records import RunRecord, read_record
 
 log = logging.getLogger(__name__)
 STATUSES = ("finished", "failed", "diverged")
-# What a column of a paper's table measures; the other columns, GLUE's, are accuracy in every table we hold.
-PRINTED = {
-    "MT-Bench": "mt_bench/first_turn",
-    "HumanEval": "humaneval/pass@1",
-    "GSM8K": "gsm8k/exact_match",
-    "GSM8K direct": "gsm8k/exact_match",
-}
 
 
 @dataclass(frozen=True)
@@ -65,22 +58,10 @@ class Plan:
     rates: Mapping[str, tuple[float, ...]]
     notes: tuple[str, ...] = ()
     protocols: tuple[str, ...] = ()  # under which every trained model is scored, where there are several
+    search: str | None = None  # the experiment whose validation runs chose the learning rates
 
 
 NO_PLAN = Plan({}, {})
-
-
-@dataclass(frozen=True)
-class PublishedRow:
-    """A row of a paper's table: (mean, std) of our columns, and of Column("average", "")."""
-
-    method: str
-    title: str
-    cells: Mapping[Column, tuple[float | None, float | None]]
-    source: tuple[str, ...]
-    from_memory: bool
-    confidence: float
-    note: str
 
 
 def _check(entry: Entry, experiment: str, scale: str) -> None:
@@ -135,40 +116,7 @@ def read_plan(path: Path, scale: str) -> Plan:
         table = _yaml(path)[scale]
         rates = {name: tuple(map(float, settings["learning_rate"])) for name, settings in table["methods"].items()}
         tasks = {task: _planned_metrics(path.parents[1] / "task" / f"{task}.yaml") for task in table["tasks"]}
-        return Plan(tasks, rates, tuple(table.get("notes", ())), tuple(table.get("scored_under", ())))
+        notes, protocols = tuple(table.get("notes", ())), tuple(table.get("scored_under", ()))
+        return Plan(tasks, rates, notes, protocols, table.get("search"))
     except (OSError, KeyError, TypeError, OmegaConfBaseException):
         return NO_PLAN
-
-
-def read_published(path: Path, experiment: str) -> tuple[list[PublishedRow], dict[str, str]]:
-    """Rows printed for an experiment and one of our methods, and what the source keys mean."""
-    content = _yaml(path)
-    rows = []
-    for table in content["tables"].values():
-        if experiment not in table["experiment"]:
-            continue
-        tasks = {name: task for name, task in table["columns"].items() if task is not None}
-        for row in table["rows"].values():
-            # A rank of its own makes a row that our methods, all at the table's rank, must not stand beside.
-            if row["method"] is None or "rank" in row:
-                continue
-            cells = {
-                Column(tasks[name], "" if tasks[name] == "average" else PRINTED.get(name, "accuracy")): (
-                    cell["mean"],
-                    cell["std"],
-                )
-                for name, cell in row["cells"].items()
-                if name in tasks
-            }
-            rows.append(
-                PublishedRow(
-                    row["method"],
-                    table["title"],
-                    cells,
-                    tuple(row["source"]),
-                    row["from_memory"],
-                    row["confidence"],
-                    row.get("note", ""),
-                )
-            )
-    return rows, content["sources"]

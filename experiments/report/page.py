@@ -1,4 +1,4 @@
-"""The Markdown page of a report: main table, notes, losses, costs, test rows, and the record file behind each cell."""
+"""The Markdown page of a report: main table, notes, sections, losses, test rows, and the file behind each cell."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from experiments.report.answers import readings
 from experiments.report.columns import LOSS, LOSSES, unit
 from experiments.report.figures import held_out_loss
-from experiments.report.flags import hardware, machine
 from experiments.report.grid import Cell, Grid, Row, in_order, rate_text
-from experiments.report.loading import Entry, PublishedRow
+from experiments.report.loading import Entry
+from experiments.report.published import PublishedRow
+from experiments.report.sections import Section
 from experiments.report.tables import NOT_RUN, MainTable, headings, lines, markdown
-from lora_ga.records import RunRecord
-
-COSTS = ("train_seconds", "total_seconds", "peak_memory_mb", "trainable_parameters")
 
 
 def _intervals(grid: Grid) -> str:
@@ -57,36 +55,6 @@ def _losses(grid: Grid) -> str:
     return title + markdown(["method", "learning rate", *grid.tasks], body, words=2)
 
 
-def _cost_row(label: str, records: Sequence[RunRecord]) -> list[str]:
-    texts = []
-    for name in COSTS:
-        values = [record.cost[name] for record in records if record.cost.get(name) is not None]
-        digits = 0 if name == "trainable_parameters" else 1
-        texts.append(f"{sum(values) / len(values):,.{digits}f}" if values else "—")
-    return [label, str(len(records)), *texts]
-
-
-def _costs(grid: Grid) -> str:
-    """Mean costs, never over different machines."""
-    machines = hardware(grid)
-    body = []
-    for row in grid.rows:
-        for place, text in enumerate(machines, start=1):
-            records = [entry.record for entry in row.entries if entry.finished and machine(entry) == text]
-            if records:
-                body.append(_cost_row(row.label + (f" [{place}]" if len(machines) > 1 else ""), records))
-    header = ["method", "runs", "train seconds", "total seconds", "peak memory MB", "trainable parameters"]
-    commits = in_order((str(entry.record.environment.get("git_commit")) for entry in grid.entries), ())
-    dirty = any(entry.record.environment.get("git_dirty") for entry in grid.entries)
-    listed = [f"[{place}] {text}" for place, text in enumerate(machines, start=1)] if len(machines) > 1 else machines
-    after = [
-        f"Hardware: {'; '.join(listed) or 'none'}.",
-        f"Commits: {', '.join(commits) or 'none'}{' (dirty tree)' if dirty else ''}.",
-    ]
-    table = markdown(header, body) if body else "None.\n"
-    return "## Cost, mean over finished runs\n\n" + table + "\n" + "\n".join(after) + "\n"
-
-
 def _test_rows(grid: Grid) -> str:
     body = []
     for task in grid.tasks:
@@ -120,12 +88,16 @@ def _published(rows: Sequence[PublishedRow], sources: Mapping[str, str]) -> str:
     return "## Where the published numbers come from\n\n" + markdown(header, body, words=5) + "\n" + meaning + "\n"
 
 
-def _convergence(grid: Grid, figures: Mapping[str, str]) -> str:
-    pictures = "\n".join(f"![{task}]({path})" for task, path in figures.items())
+def convergence(grid: Grid, pictures: Sequence[str]) -> Section | None:
+    """The loss curves; None where no record holds one."""
+    if not pictures:
+        return None
     measured = [entry.record for entry in grid.entries if held_out_loss(entry.record)]
     sizes = in_order((str(record.config.get("train", {}).get("held_out_rows", "?")) for record in measured), ())
-    about = f"Held-out loss in the picture: of the first {', '.join(sizes)} held-out rows.\n\n" if sizes else ""
-    return f"## Convergence\n\n{about}{pictures}\n"
+    about = "No record holds the held-out loss along the way, so there is no speed-up to a target."
+    if sizes:
+        about = f"Held-out loss in the picture: of the first {', '.join(sizes)} held-out rows."
+    return Section("convergence", "Convergence", (), (), 0, about, (), tuple(pictures))
 
 
 def _score(entry: Entry) -> str:
@@ -176,9 +148,9 @@ def legend(table: MainTable) -> list[str]:
 
 
 def page(
-    title: str, table: MainTable, notes: Sequence[str], sources: Mapping[str, str], figures: Mapping[str, str]
+    title: str, table: MainTable, notes: Sequence[str], sources: Mapping[str, str], sections: Sequence[Section]
 ) -> str:
-    """The whole page; `figures` maps a task to its picture, relative to the page."""
+    """The whole page; pictures are in ../figures, seen from it."""
     grid = table.grid
     main = [[line.label, line.origin, *line.texts] for line in lines(table)]
     parts = [
@@ -188,10 +160,9 @@ def page(
         _intervals(grid),
         readings(grid),
         _losses(grid),
-        _costs(grid),
+        *(section.page("../figures") for section in sections),
         _test_rows(grid),
         _published(table.published, sources) if table.published else "",
-        _convergence(grid, figures) if figures else "",
         "## Records\n\n" + records(grid),
     ]
     return "\n".join(part for part in parts if part)

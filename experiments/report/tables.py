@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 from experiments.report.columns import PERCENT, Column, Unit
 from experiments.report.grid import Cell, Grid, Row
-from experiments.report.loading import PublishedRow
+from experiments.report.published import AVERAGE, Printed, PublishedRow
 from experiments.report.statistics import Summary
 
-AVERAGE = Column("average", "")
 NOT_RUN = "not run"
 
 
@@ -100,10 +99,18 @@ def _baseline_line(table: MainTable, row: Row) -> Line:
 
 def published_text(table: MainTable, paper: PublishedRow, column: Column) -> str:
     """A paper's number, except beside grades of a judge that is not trusted."""
-    mean, std = paper.cells.get(column, (None, None))
-    if mean is None or any(column in row.cells and row.cells[column].untrusted for row in table.grid.rows):
+    cell = paper.cells.get(column)
+    if cell is None or any(column in row.cells and row.cells[column].untrusted for row in table.grid.rows):
         return "—"
-    return f"{mean:.2f}" + (f" ± {std:.2f}" if std is not None else "") + ("†" if paper.from_memory else "")
+    return printed_text(cell)
+
+
+def printed_text(cell: Printed) -> str:
+    """A paper's number; † where memory alone vouches for it (or for its std)."""
+    if cell.mean is None:
+        return "—"
+    spread = f" ± {cell.std:.2f}" if cell.std is not None else ""
+    return f"{cell.mean:.2f}{spread}" + ("†" if cell.from_memory or (spread and cell.std_from_memory) else "")
 
 
 def headings(table: MainTable) -> list[str]:

@@ -75,7 +75,7 @@ def test_every_experiment_composes_at_the_scales_it_names(experiment, scale):
     if scale not in table:
         pytest.skip(f"{experiment} has no {scale} scale")
     assert table["name"] == experiment
-    assert set(table[scale]) - {"notes", "scored_under"} == {"seeds", "overrides", "tasks", "methods"}
+    assert set(table[scale]) - {"notes", "scored_under", "search"} == {"seeds", "overrides", "tasks", "methods"}
     assert set(table[scale]["tasks"]) <= set(choices("task"))
     assert set(table[scale]["methods"]) <= set(choices("method"))
     settings = table[scale]["overrides"]
