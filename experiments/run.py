@@ -19,7 +19,7 @@ from experiments.rows import Encoded, Rows
 from experiments.scoring import score
 from experiments.stages import Gradients, Training, at_start, begin_record, finish, keep_freed_memory
 from experiments.stopping import Stopping
-from lora_ga.engines import is_main, joined, runnable
+from lora_ga.engines import is_main, joined, require_processes, runnable
 from lora_ga.methods.base import Setup
 from lora_ga.models import Loaded, load_model, target_shapes
 from lora_ga.records import RunRecord
@@ -71,6 +71,7 @@ def start(config: RunConfig, record: RunRecord, loaded: Loaded, encoded: Encoded
 def run(config: RunConfig) -> Path:
     """Refuse what cannot work, then execute and leave a record whatever happens; returns the record's path."""
     require_means(config)
+    require_processes(config.launcher)
     config.method.check(target_shapes(config.model))
     stopping = Stopping()
     with stopping.listening():

@@ -111,14 +111,12 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-@contextmanager
-def joined(engine: Engine) -> Iterator[None]:
-    """Within, the processes of `engine` are connected; SetupError if they were not started as it wants."""
+def require_processes(engine: Engine) -> None:
+    """SetupError unless this process was started with as many others as `engine` wants."""
     started = int(os.environ.get("WORLD_SIZE", 1))
     if engine.kind == "none":
         if started > 1:
             raise SetupError(f"{started} processes were started for launcher=none: choose launcher=ddp, zero2 or zero3")
-        yield
         return
     nodes = int(os.environ.get("NNODES", 1))
     if "RANK" not in os.environ or started != engine.nproc * nodes:
@@ -127,6 +125,15 @@ def joined(engine: Engine) -> Iterator[None]:
             f"{started if 'RANK' in os.environ else 'none'} were started: "
             f"use python -m experiments.launch launcher={engine.name} nproc={engine.nproc} ..."
         )
+
+
+@contextmanager
+def joined(engine: Engine) -> Iterator[None]:
+    """Within, the processes of `engine` are connected."""
+    require_processes(engine)
+    if engine.kind == "none":
+        yield
+        return
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
