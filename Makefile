@@ -93,8 +93,9 @@ lint: setup ## style and types
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+# A file of tests stays on one worker, as its tests share what takes long; each worker computes with one thread.
 test: assets lint ## style, types and every test
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadfile
 
 test-fast: assets ## the tests that take seconds
 	$(PY) -m pytest -m "not slow"

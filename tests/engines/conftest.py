@@ -1,7 +1,8 @@
-"""Two real processes that a test can start."""
+"""Connected processes that a test can start."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -15,24 +16,17 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="session")
-def two_processes() -> Callable[..., None]:
-    """two_processes(script, arguments, folder): run it as two connected ranks; fails with their output."""
+def processes() -> Callable[[int, Path, Sequence[str], Path], None]:
+    """processes(n, script, arguments, folder): run the script as n connected ranks; fails with their output."""
 
-    def start(script: Path, arguments: Sequence[str], folder: Path) -> int:
-        import os
-
-        folder.mkdir(parents=True, exist_ok=True)
-        logs = [folder / f"{rank}.log" for rank in (0, 1)]
-        handles = [log.open("w") for log in logs]
-        given = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        processes = [
-            subprocess.Popen(
-                [sys.executable, str(script), *arguments], cwd=ROOT, env=env, stdout=handle, stderr=subprocess.STDOUT
-            )
-            for env, handle in zip(environments(2, given), handles, strict=True)
-        ]
-        code = wait(processes)
-        assert code == 0, "\n".join(log.read_text()[-3000:] for log in logs)
-        return code
+    def start(n: int, script: Path, arguments: Sequence[str], folder: Path) -> None:
+        logs = [folder / f"{rank}.log" for rank in range(n)]
+        started = []
+        for log, environment in zip(logs, environments(n, {**os.environ, "OMP_NUM_THREADS": "1"}), strict=True):
+            environment["PYTHONPATH"] = str(ROOT)
+            with log.open("w") as output:
+                command = [sys.executable, str(script), *arguments]
+                started.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output))
+        assert wait(started) == 0, "\n".join(log.read_text()[-3000:] for log in logs)
 
     return start

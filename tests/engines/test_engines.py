@@ -35,12 +35,12 @@ def alone(tmp_path_factory):
 
 
 @pytest.fixture(scope="session", params=ENGINES)
-def together(request, two_processes, tmp_path_factory):
+def together(request, processes, tmp_path_factory):
     """(engine, what rank 0 found, what rank 1 found) of every training on two ranks."""
     folder = tmp_path_factory.mktemp(request.param)
     kind, stage = ENGINES[request.param]
     worker = Path(__file__).with_name("training_worker.py")
-    two_processes(worker, [kind, str(stage), str(folder), *TRAININGS, WITH_AUTOCAST], folder)
+    processes(2, worker, [kind, str(stage), str(folder), *TRAININGS, WITH_AUTOCAST], folder)
     return request.param, *(torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1))
 
 

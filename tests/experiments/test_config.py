@@ -20,7 +20,7 @@ TINY = ["model=llama_tiny", "task=movies"]
 GROUPS = {
     "experiment": 7,
     "eval": 1,
-    "launcher": 1,
+    "launcher": 7,
     "logger": 2,
     "method": 15,
     "method/steps": 4,
@@ -40,7 +40,7 @@ def files():
     return [
         (str(path.parent.relative_to(CONF)), path.stem)
         for path in sorted(CONF.rglob("*.yaml"))
-        if path.parent != CONF and "hydra" not in path.relative_to(CONF).parts
+        if path.parent != CONF and path.relative_to(CONF).parts[0] not in ("hydra", "slurm")  # no settings of a run
     ]
 
 
