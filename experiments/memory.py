@@ -1,8 +1,8 @@
 """What a run takes in memory on each rank, from the architecture and the method alone: no weight is loaded.
 
 Peak = framework + the larger of the start (one-step gradient) and the training (weights, gradients, optimizer state,
-activations at full length). Tests hold it to within 25 % of measured peaks, one process on a CPU; under the launchers
-it is arithmetic, and communication buffers beyond a copy of the gradients are left out.
+activations at full length). Tests hold it to within 25 % of measured peaks of live memory, one process on a CPU, whose
+allocator may hold more in gaps; under the launchers it is arithmetic, with one copy of the gradients for communication.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from lora_ga.optim.lora_pro import CHUNK_BYTES_CPU
 from lora_ga.optim.steps import MOMENT_DTYPES, LoraPro, Scaled
 
 FRAMEWORK = 700 * 2**20  # python, torch, transformers and PEFT imported, on a CPU; a CUDA context is like it
-HEAP = 1.2  # of the activations: gaps that the allocator cannot fill (a 50 M Llama on a CPU: 1.0 to 1.5)
 LABEL_TOKENS = 3  # of a label word and its end
 ANSWER_SHARE = 0.5  # of max_length, where a task is answered in words
 FLOAT32, BFLOAT16 = 4, 2
@@ -128,7 +127,7 @@ def activations(config: RunConfig, model: Model, rows: int, *, everything: bool)
     scored = rows * (int(ANSWER_SHARE * config.task.max_length) if answers else LABEL_TOKENS)
     logits = scored * model.vocabulary * (3 * FLOAT32 + (0 if size == FLOAT32 else 2 * size))
     casts = BFLOAT16 * model.linears if config.train.autocast and stream == FLOAT32 else 0  # kept by autocast
-    return int(HEAP * ((model.layers + 1) * layer * tokens + logits + casts))
+    return int((model.layers + 1) * layer * tokens + logits + casts)
 
 
 def _moving(config: RunConfig, model: Model) -> int:

@@ -73,8 +73,7 @@ def run(config: RunConfig) -> Path:
     require_means(config)
     require_processes(config.launcher)
     config.method.check(target_shapes(config.model))
-    stopping = Stopping()
-    with stopping.listening():
+    with Stopping().listening() as stopping:
         rows = Rows.load(config)
         record = begin_record(config, rows)
         with finish(config, record) as path:

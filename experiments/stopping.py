@@ -35,11 +35,11 @@ class Stopping:
             self._training = False
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
+    def listening(self) -> Iterator[Stopping]:
         """Within, the signals come here."""
         before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
         try:
-            yield
+            yield self
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)

@@ -80,7 +80,7 @@ def estimate_gradients(
         name -> G (d_out, d_in). No parameter has a `.grad` afterwards that it did not have before.
     """
     total: dict[str, torch.Tensor] = {}
-    counts = True
+    counts = True  # whether the batch at work is this rank's to add
 
     def watch(name: str) -> Callable[..., None]:
         def forward_hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
@@ -113,13 +113,18 @@ def estimate_gradients(
         model.train(training)
         for hook in hooks:
             hook.remove()
-    for name, layer in layers.items() if world_size() > 1 else ():
-        mine = total.get(name, torch.zeros(layer.out_features, layer.in_features))
-        total[name] = sum_over_ranks(mine.to(engine_device())).to(device)
+    _add_up(total, layers)
     missing = [name for name in layers if name not in total]
     if missing:
         raise RuntimeError(f"no gradient reached {missing[:3]}: the loss does not depend on these layers")
     return {name: total[name].div_(len(batches)) for name in layers}
+
+
+def _add_up(total: dict[str, torch.Tensor], layers: Mapping[str, nn.Linear]) -> None:
+    """Put the sum over ranks in the place of each rank's part, which may be none."""
+    for name, layer in layers.items() if world_size() > 1 else ():
+        mine = total.get(name, torch.zeros(layer.out_features, layer.in_features))
+        total[name] = sum_over_ranks(mine.to(engine_device())).to(mine.device)
 
 
 def cached_gradients(

@@ -29,6 +29,7 @@ from lora_ga.losses import scored_logits
 from lora_ga.methods.base import Method
 from lora_ga.optim.pairs import PairOptimizer
 from lora_ga.optim.under_zero import PairsUnderZero
+from lora_ga.train_settings import TrainSettings
 
 TRAINER_STATE = "trainer_state.json"  # transformers reads the step from a file of this name
 
@@ -73,7 +74,7 @@ class MethodTrainer(Trainer):
         self,
         *,
         method: Method,
-        settings: Any,
+        settings: TrainSettings,
         engine: Engine,
         data_seed: int,
         resume: Resume,

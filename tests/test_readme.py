@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from experiments.config import load_config
+from experiments.launch import run_overrides
 from experiments.plan import expand
 from experiments.report.__main__ import main as report
 from slurm.settings import read_settings, split
@@ -32,6 +33,8 @@ def test_commands_compose(module: str, arguments: str) -> None:
     overrides = shlex.split(arguments)
     if module == "experiments.run":
         assert load_config(overrides).run_id
+    elif module == "experiments.launch":
+        assert load_config(run_overrides(overrides)).launcher.kind != "none"
     elif module == "slurm.submit":
         ours, runs = split(overrides)
         assert read_settings(ours) and planned(runs)

@@ -18,6 +18,8 @@ from lora_ga.records import read_record
 
 METHODS = "full_ft lora lora_plus dora pissa adalora lora_ga lora_one lora_one_prec lora_pro lora_pro_efficient".split()  # noqa: SIM905
 TOLERANCE = 0.25
+# glibc gives freed memory back at once; otherwise the peak is up to 1.6 times as high, by chance.
+AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
 LLAMA_50M = [
     "model=llama_tiny",
     "model.name=llama_50m",
@@ -50,6 +52,7 @@ def test_trainable_parameters_and_optimizer_state_are_those_of_a_run(places, mod
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
 @pytest.mark.parametrize("method", ["full_ft", "lora", "lora_ga", "lora_pro"])
 def test_the_peak_is_that_of_a_measured_run(method):
     """Beyond what imports take; one process each, as a peak never falls."""
@@ -57,7 +60,7 @@ def test_the_peak_is_that_of_a_measured_run(method):
     given = [*LLAMA_50M, f"method={method}", "train.autocast=null"]
     done = subprocess.run(
         [sys.executable, str(script), *given],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+        cwd=ROOT, env={**os.environ, **AT_ONCE, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     measured = json.loads(done.stdout.splitlines()[-1])["peak"]

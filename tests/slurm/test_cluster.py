@@ -119,7 +119,7 @@ def test_a_run_that_its_user_cancels_stays_cancelled_until_it_is_sent_again(node
 
 
 def test_a_run_out_of_time_is_requeued_and_not_for_ever(node, one_run, tmp_path, capsys):
-    limits = ["slurm.time=2", "slurm.signal_seconds=60", "slurm.max_requeues=1"]
+    limits = ["slurm.time=00:02:00", "slurm.signal_seconds=60", "slurm.max_requeues=1"]
     arguments = [*one_run, "train.max_steps=100000"]
     assert submit([*arguments, "slurm=local", *limits]) == 0
     (sent,) = submissions(tmp_path / "cluster" / "outputs" / "slurm" / "adhoc-local")
