@@ -192,6 +192,16 @@ def require_means(config: RunConfig) -> None:
         )
 
 
+def _check_precision(config: RunConfig) -> None:
+    """Refuse steps of whole matrices where ZeRO-3 would take their updates in bfloat16."""
+    whole = config.method.steps.whole_matrices
+    if whole and config.launcher.shards_weights and config.model.dtype == "bfloat16":
+        raise SetupError(
+            f"{type(config.method.steps).__name__} steps would be rounded to bfloat16 under ZeRO-3: "
+            "use launcher=zero2, or model.dtype=float32 with train.autocast=bfloat16"
+        )
+
+
 def parse(raw: Mapping[str, Any]) -> RunConfig:
     """Typed settings from a resolved configuration; SetupError, in one line, for anything wrong in it."""
     method = {k: v for k, v in raw["method"].items() if k != "name"}
@@ -226,6 +236,7 @@ def parse(raw: Mapping[str, Any]) -> RunConfig:
     config.launcher.check()
     config.train.micro_batch(config.launcher.nproc)
     config.method.check_engine(config.launcher)
+    _check_precision(config)
     unknown = set(config.eval.benchmarks or ()) - set(config.task.benchmarks)
     if unknown:
         known = ", ".join(config.task.benchmarks) or "none"

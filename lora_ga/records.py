@@ -6,15 +6,35 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from lora_ga.errors import SetupError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+log = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "hydra-core", "numpy")
+
+RUN_COLUMNS = (
+    "experiment",
+    "scale",
+    "task",
+    "protocol",
+    "method",
+    "model",
+    "seed",
+    "learning_rate",
+    "status",
+    "run_id",
+)
 
 
 @dataclass
@@ -92,6 +112,36 @@ def read_record(path: Path) -> RunRecord:
         return RunRecord(**raw)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a run record ({error})") from error
+
+
+def load_runs(folder: Path | str) -> pd.DataFrame:
+    """Every record under `folder`, one row a run, for notebooks.
+
+    Columns: experiment, scale, task, protocol, method, model, seed, learning_rate, status, run_id, path; each metric by
+    its name, each cost as cost/<name>; `curve`, a frame of the loss curve (step, loss, tokens, seconds, and
+    held_out_loss where it was measured, with its value before training at step 0). A file that is no record is named in
+    a warning and left out; SetupError if there is no record at all.
+    """
+    import pandas as pd
+
+    rows = []
+    for path in sorted(Path(folder).expanduser().rglob("*.json")):
+        try:
+            record = read_record(path)
+        except ValueError as error:
+            log.warning("%s", error)
+            continue
+        start = record.step0.get("held_out_loss")
+        curve = [{"step": 0, "held_out_loss": start}, *record.loss_curve] if start is not None else record.loss_curve
+        rows.append(
+            {name: getattr(record, name) for name in RUN_COLUMNS}
+            | {"path": str(path), "curve": pd.DataFrame(curve)}
+            | {name: cell["value"] for name, cell in record.metrics.items()}
+            | {f"cost/{name}": value for name, value in record.cost.items()}
+        )
+    if not rows:
+        raise SetupError(f"{folder} holds no run record: run make reproduce-glue first, or name another folder")
+    return pd.DataFrame(rows)
 
 
 def capture_environment() -> dict[str, Any]:

@@ -24,7 +24,6 @@ SMALL = [
     "train.per_device_train_batch_size=8",
     "train.autocast=null",
     "eval.limit=16",
-    "method=lora_pro",
 ]
 
 
@@ -70,6 +69,7 @@ def test_a_rank_that_waits_for_a_dead_one_is_ended(monkeypatch):
         (["launcher=ddp", "launcher.nproc=3"], "does not divide over 3 processes: change launcher.nproc"),
         (["launcher=zero2", "method=adalora"], "AdaLoRA .* use launcher=ddp"),
         (["launcher=zero3", "method=dora"], "DoRA .* use launcher=ddp or zero2"),
+        (["launcher=zero3", "method=lora_pro", "model.dtype=bfloat16"], "rounded to bfloat16 .* use launcher=zero2"),
         (["launcher=ddp", "launcher.stage=2"], "launcher.kind=ddp has no ZeRO stage"),
         (["launcher=zero0", "launcher.offload=[optimizer]"], "needs launcher.stage=2 or 3"),
         (["launcher=zero2", "launcher.offload=[parameters]"], "needs launcher.stage=3"),
@@ -78,7 +78,7 @@ def test_a_rank_that_waits_for_a_dead_one_is_ended(monkeypatch):
 )
 def test_what_no_engine_does_is_refused_before_anything_loads(overrides, message):
     with pytest.raises(SetupError, match=message):
-        load_config([*SMALL[:-1], *overrides])
+        load_config([*SMALL, *overrides])
 
 
 def _run(module: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -106,11 +106,13 @@ def _curve(folder: Path) -> tuple[list[dict], dict, dict]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["ddp", "zero2", "zero3"])
-def test_a_run_told_to_stop_on_two_ranks_goes_on_where_it_was(launcher, tmp_path):
+@pytest.mark.parametrize(
+    ("launcher", "method"), [("ddp", "lora_pro"), ("zero2", "lora_ga"), ("zero3", "full_ft"), ("zero3", "lora_pro")]
+)
+def test_a_run_told_to_stop_on_two_ranks_goes_on_where_it_was(launcher, method, tmp_path):
     def command(name: str) -> list[str]:
         places = [f"records={tmp_path / name}/records", f"outputs={tmp_path / name}/outputs", "checkpoint_every=1"]
-        return ["experiments.launch", f"launcher={launcher}", "nproc=2", *SMALL, *places]
+        return ["experiments.launch", f"launcher={launcher}", "nproc=2", *SMALL, f"method={method}", *places]
 
     undisturbed = _run(*command("one"))
     assert undisturbed.returncode == 0, undisturbed.stdout + undisturbed.stderr
