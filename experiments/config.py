@@ -192,10 +192,13 @@ def require_means(config: RunConfig) -> None:
         )
 
 
-def _check_precision(config: RunConfig) -> None:
-    """Refuse steps of whole matrices where ZeRO-3 would take their updates in bfloat16."""
-    whole = config.method.steps.whole_matrices
-    if whole and config.launcher.shards_weights and config.model.dtype == "bfloat16":
+def check_engine(config: RunConfig, engine: Engine) -> None:
+    """SetupError if the run cannot be what it is under this engine."""
+    engine.check()
+    config.train.micro_batch(engine.nproc)
+    config.method.check_engine(engine)
+    # The engine takes the update for a gradient, which has the weights' precision there.
+    if config.method.steps.whole_matrices and engine.shards_weights and config.model.dtype == "bfloat16":
         raise SetupError(
             f"{type(config.method.steps).__name__} steps would be rounded to bfloat16 under ZeRO-3: "
             "use launcher=zero2, or model.dtype=float32 with train.autocast=bfloat16"
@@ -233,10 +236,7 @@ def parse(raw: Mapping[str, Any]) -> RunConfig:
         config.eval.judge.check()
     config.model.check()
     config.train.check()
-    config.launcher.check()
-    config.train.micro_batch(config.launcher.nproc)
-    config.method.check_engine(config.launcher)
-    _check_precision(config)
+    check_engine(config, config.launcher)
     unknown = set(config.eval.benchmarks or ()) - set(config.task.benchmarks)
     if unknown:
         known = ", ".join(config.task.benchmarks) or "none"

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from lora_ga.adapters import trainable
 from lora_ga.engines import whole
 from lora_ga.records import RunRecord, write_atomic
 
@@ -23,19 +24,18 @@ log = logging.getLogger(__name__)
 COSTS = ("train_seconds", "trainable_parameters", "optimizer_state_mb", "peak_memory_mb")
 
 
-def _trainable(model: nn.Module) -> dict[str, torch.Tensor]:
+def _copies(model: nn.Module) -> dict[str, torch.Tensor]:
     tensors = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            with whole([parameter]):
-                tensors[name] = parameter.detach().cpu().clone(memory_format=torch.contiguous_format)
+    for name, parameter in trainable(model).items():
+        with whole([parameter]):
+            tensors[name] = parameter.detach().cpu().clone(memory_format=torch.contiguous_format)
     return tensors
 
 
 def fingerprint(model: nn.Module) -> str:
     """16 hex digits of the sha256 of the trainable parameters, names and bytes."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(_trainable(model).items()):
+    for name, tensor in sorted(_copies(model).items()):
         digest.update(name.encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -45,7 +45,7 @@ def save(folder: Path, model: nn.Module, record: RunRecord, start: str) -> None:
     """Keep the trained parameters and what the record knows of the training; `start` names what it began from."""
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / "trained.tmp"
-    save_file(_trainable(model), temporary)
+    save_file(_copies(model), temporary)
     temporary.replace(folder / "trained.safetensors")
     known = {
         "start": start,
@@ -67,7 +67,7 @@ def restore(folder: Path, model: nn.Module, record: RunRecord, start: str) -> bo
         kept = load_file(folder / "trained.safetensors")
     except (OSError, ValueError):
         return False
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parameters = trainable(model)
     if known["start"] != start or set(kept) != set(parameters):
         log.warning("%s began from another start than this one: training again", folder)
         return False

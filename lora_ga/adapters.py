@@ -81,6 +81,11 @@ def target_linears(model: nn.Module, target_modules: tuple[str, ...]) -> dict[st
     return found
 
 
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What trains, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
 def attach_lora(model: nn.Module, config: LoraConfig, seed: int) -> PeftModel:
     """Wrap the targets of `config` with PEFT's LoRA; its random start depends on `seed` alone."""
     with torch.random.fork_rng(devices=[]):

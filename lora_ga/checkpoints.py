@@ -8,7 +8,6 @@ checkpoint.json: step, curve and `identity`, which says what is being trained. Z
 from __future__ import annotations
 
 import json
-import logging
 import os
 import random
 import shutil
@@ -24,8 +23,6 @@ from torch import nn
 from lora_ga.engines import is_main, rank, wait_for_all, whole
 from lora_ga.errors import SetupError
 from lora_ga.records import write_atomic
-
-log = logging.getLogger(__name__)
 
 META = "checkpoint.json"
 
@@ -50,6 +47,11 @@ def read_meta(checkpoint: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
     return meta
 
 
+def random_file() -> str:
+    """Name of the file of this rank's generators."""
+    return f"random-{rank()}.pt"
+
+
 def random_state() -> dict[str, Any]:
     """Every generator this process draws from."""
     state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
@@ -68,7 +70,7 @@ def set_random_state(state: Mapping[str, Any]) -> None:
 
 def load_random_state(checkpoint: Path) -> None:
     """This rank's generators as they were."""
-    set_random_state(torch.load(checkpoint / f"random-{rank()}.pt", weights_only=False))  # numpy's is no tensor
+    set_random_state(torch.load(checkpoint / random_file(), weights_only=False))  # numpy's is no tensor
 
 
 class Writer:
@@ -89,10 +91,10 @@ class Writer:
                 kept = {key: parameter.detach().cpu().contiguous() for key, parameter in parameters.items()}
                 save_file(kept, self.folder / f"{name}.safetensors")
 
-    def state(self, name: str, value: Any, *, every_rank: bool = False) -> None:
-        """A state dict as <name>.pt from the main rank, or <name>-<rank>.pt from each."""
-        if every_rank or is_main():
-            torch.save(value, self.folder / (f"{name}-{rank()}.pt" if every_rank else f"{name}.pt"))
+    def state(self, name: str, value: Any) -> None:
+        """A state dict as file `name`: each rank's own where the name ends in its number, else the main rank's."""
+        if is_main() or name.endswith(f"-{rank()}.pt"):
+            torch.save(value, self.folder / name)
 
     def close(self, meta: Mapping[str, Any]) -> None:
         wait_for_all()

@@ -7,7 +7,6 @@ without DeepSpeed, ZeRO flattens matrices, DeepSpeed switches an outer autocast 
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,8 +18,6 @@ import torch.distributed as dist
 from torch import nn
 
 from lora_ga.errors import SetupError
-
-log = logging.getLogger(__name__)
 
 Part = Literal["optimizer", "parameters"]
 
@@ -53,17 +50,19 @@ class Engine:
         """Whether a parameter's data are spread over the ranks (ZeRO-3)."""
         return self.kind == "deepspeed" and self.stage == 3
 
-    @property
-    def clips(self) -> bool:
-        """Whether the engine clips gradients and tells their norm; DeepSpeed without ZeRO does not tell."""
-        return self.kind != "deepspeed" or self.stage > 0
+    def clips(self, *, whole_matrices: bool) -> bool:
+        """Whether the engine can clip the gradients and tell their norm.
+
+        DeepSpeed without ZeRO does not tell it; where it flattens, steps of whole matrices clip what they gathered.
+        """
+        return self.kind != "deepspeed" or (self.flattens and not whole_matrices)
 
     @property
     def flattens(self) -> bool:
         """Whether the engine's optimizer sees slices of flat buffers instead of matrices (ZeRO-2 and 3)."""
         return self.kind == "deepspeed" and self.stage > 0
 
-    def zero_config(self, *, bf16: bool = False) -> dict[str, Any]:
+    def zero_config(self, *, bf16: bool) -> dict[str, Any]:
         """The part of DeepSpeed's configuration that cuts the model up; `bf16` holds all weights in bfloat16."""
         zero: dict[str, Any] = {"stage": self.stage}
         names: Mapping[Part, str] = {"optimizer": "offload_optimizer", "parameters": "offload_param"}
@@ -117,6 +116,11 @@ def require_processes(engine: Engine) -> None:
     if engine.kind == "none":
         if started > 1:
             raise SetupError(f"{started} processes were started for launcher=none: choose launcher=ddp, zero2 or zero3")
+        if torch.cuda.device_count() > 1:  # transformers would spread each batch over them (DataParallel)
+            raise SetupError(
+                f"launcher=none computes on one GPU and {torch.cuda.device_count()} are visible: "
+                "set CUDA_VISIBLE_DEVICES=0, or use python -m experiments.launch launcher=ddp nproc=<GPUs> ..."
+            )
         return
     nodes = int(os.environ.get("NNODES", 1))
     if "RANK" not in os.environ or started != engine.nproc * nodes:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 
 from lora_ga import checkpoints
-from lora_ga.adapters import offset_factors
+from lora_ga.adapters import offset_factors, trainable
 from lora_ga.data.encoding import IGNORED, EncodedRows, LengthBucketSampler, RankBatches, WithBlank
 from lora_ga.engines import Engine, any_rank, confirm, is_main, rank, sum_over_ranks, world_size
 from lora_ga.losses import scored_logits
@@ -103,13 +103,17 @@ class MethodTrainer(Trainer):
                 self.model, learning_rate=self.args.learning_rate, weight_decay=self.args.weight_decay
             )
             self.wanted = [(type(optimizer).__name__, group["lr"]) for group in optimizer.param_groups]
-            if isinstance(optimizer, PairOptimizer) and self.engine.flattens:
-                self.pairs = PairsUnderZero(optimizer, self.settings.max_grad_norm)
-                optimizer = self.pairs.engine_optimizer()
-            elif not self.engine.clips:
+            if not self.engine_clips:
                 optimizer.register_step_pre_hook(self._clip)
+            if isinstance(optimizer, PairOptimizer) and self.engine.flattens:
+                self.pairs = PairsUnderZero(optimizer)
+                optimizer = self.pairs.engine_optimizer()
             self.optimizer = optimizer
         return self.optimizer
+
+    @property
+    def engine_clips(self) -> bool:
+        return self.engine.clips(whole_matrices=self.method.steps.whole_matrices)
 
     def _clip(self, optimizer: torch.optim.Optimizer, arguments: Any, keywords: Any) -> None:
         limit = self.settings.max_grad_norm or math.inf
@@ -169,9 +173,18 @@ class MethodTrainer(Trainer):
         )
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
-        """Scored tokens of the global batch; Trainer would count one label too few, as ours are shifted already."""
-        count = sum(int((batch["labels"] != IGNORED).sum()) for batch in batch_samples)
-        return sum_over_ranks(torch.tensor(count, device=device))
+        """Scored tokens of the global batch; Trainer would count one label too few, as ours are shifted already.
+
+        Counts what is read as well, for the curve; blank rows score nothing and do not count.
+        """
+        counts = torch.zeros(2, dtype=torch.int64)
+        for batch in batch_samples:
+            scored = batch["labels"] != IGNORED  # (batch, length)
+            real = scored.any(dim=1, keepdim=True)  # (batch, 1)
+            counts += torch.stack([scored.sum(), (batch["attention_mask"] * real).sum()])
+        scored_tokens, read = sum_over_ranks(counts.to(device))
+        self.tokens += int(read)
+        return scored_tokens
 
     def compute_loss(
         self, model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -182,8 +195,6 @@ class MethodTrainer(Trainer):
         if not math.isfinite(value):
             raise Diverged(f"the loss was {value} at step {self.state.global_step + 1}", self.curve)
         self._step_loss += value
-        real = (inputs["labels"] != IGNORED).any(dim=1, keepdim=True)  # (batch, 1); blank rows do not count
-        self.tokens += int(sum_over_ranks((inputs["attention_mask"] * real).sum()))
         assert isinstance(self.model, nn.Module)
         penalty = self.method.penalty(self.model)
         if penalty is not None:
@@ -196,7 +207,7 @@ class MethodTrainer(Trainer):
                 "step": self.state.global_step,
                 "loss": self._step_loss,
                 "learning_rate": logs["learning_rate"],
-                "grad_norm": self._grad_norm(logs),
+                "grad_norm": float(logs.get("grad_norm", math.nan)) if self.engine_clips else self._own_norm,
                 "tokens": self.tokens,
                 "seconds": round(time.perf_counter() - self.began, 3),
             }
@@ -209,30 +220,30 @@ class MethodTrainer(Trainer):
             logs["loss"], self._step_loss = self._step_loss, 0.0
         super().log(logs, start_time)
 
-    def _grad_norm(self, logs: Mapping[str, float]) -> float:
-        if self.pairs:
-            return self.pairs.grad_norm
-        return float(logs.get("grad_norm", math.nan)) if self.engine.clips else self._own_norm
-
     # Checkpoints
+
+    @property
+    def _optimizer_file(self) -> str | None:
+        """Name of the file of this rank's optimizer state; None where DeepSpeed's own files hold it."""
+        if isinstance(self.moving(), PairOptimizer):
+            return f"optimizer-{rank()}.pt"  # each rank has moments of its own pairs
+        return None if self.engine.flattens else "optimizer.pt"
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """In place of transformers': called after the step's row is in the curve."""
         assert isinstance(self.model, nn.Module)
         paused = time.perf_counter()
         writer = checkpoints.Writer(self.resume.folder, self.state.global_step)
-        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         if self.engine.flattens:
             model.save_checkpoint(str(writer.folder), exclude_frozen_parameters=True)  # type: ignore[operator]
         else:
-            writer.tensors("parameters", trained)
-        if isinstance(self.moving(), PairOptimizer) or not self.engine.flattens:
-            sharded = isinstance(self.moving(), PairOptimizer)
-            writer.state("optimizer", self.moving().state_dict(), every_rank=sharded)
+            writer.tensors("parameters", trainable(self.model))
+        if self._optimizer_file:
+            writer.state(self._optimizer_file, self.moving().state_dict())
         writer.tensors("start", offset_factors(self.model))
-        writer.state("schedule", self.lr_scheduler.state_dict())  # type: ignore[union-attr]
-        writer.state("method", self.method.state(self.model))
-        writer.state("random", checkpoints.random_state(), every_rank=True)
+        writer.state("schedule.pt", self.lr_scheduler.state_dict())  # type: ignore[union-attr]
+        writer.state("method.pt", self.method.state(self.model))
+        writer.state(checkpoints.random_file(), checkpoints.random_state())
         if is_main():
             self.state.save_to_json(str(writer.folder / TRAINER_STATE))
         writer.close(
@@ -255,14 +266,13 @@ class MethodTrainer(Trainer):
             if path is None:
                 raise RuntimeError(f"DeepSpeed found nothing to load in {checkpoint}")
         else:
-            trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+            trained = trainable(self.model)
             kept = checkpoints.load_tensors(checkpoint, "parameters", {n: p.shape for n, p in trained.items()})
             for name, parameter in trained.items():
                 parameter.copy_(kept[name])
-        sharded = isinstance(self.moving(), PairOptimizer)
-        if sharded or not self.engine.flattens:
-            name = f"optimizer-{rank()}.pt" if sharded else "optimizer.pt"
-            self.moving().load_state_dict(torch.load(checkpoint / name, map_location="cpu", weights_only=True))
+        if self._optimizer_file:
+            state = torch.load(checkpoint / self._optimizer_file, map_location="cpu", weights_only=True)
+            self.moving().load_state_dict(state)
         self.lr_scheduler.load_state_dict(torch.load(checkpoint / "schedule.pt", weights_only=True))  # type: ignore[union-attr]
         self.method.load_state(self.model, torch.load(checkpoint / "method.pt", weights_only=True))
 

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PrinterCallback, TrainingArguments
 
 from lora_ga import checkpoints
-from lora_ga.adapters import adapter_pairs, has_offset, move_offset, offset_factors
+from lora_ga.adapters import adapter_pairs, has_offset, move_offset, offset_factors, trainable
 from lora_ga.data.encoding import Collator, EncodedRows
 from lora_ga.engines import Engine, gather, whole, world_size
 from lora_ga.methods.adalora import ranks
@@ -39,10 +39,9 @@ class TrainResult:
 def _samples(model: nn.Module) -> dict[str, torch.Tensor]:
     """A slice of every trainable tensor, small enough to keep: what `movement` compares."""
     samples = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            with whole([parameter]):
-                samples[name] = parameter.detach().flatten()[:4096].clone()
+    for name, parameter in trainable(model).items():
+        with whole([parameter]):
+            samples[name] = parameter.detach().flatten()[:4096].clone()
     return samples
 
 
@@ -129,7 +128,7 @@ def train(
     before = _samples(model)
     steps = settings.total_steps(len(rows))
     bf16 = engine.shards_weights and any(p.dtype == torch.bfloat16 for p in model.parameters())
-    clips = engine.clips and not (engine.flattens and method.steps.whole_matrices)  # else the trainer does
+    clips = engine.clips(whole_matrices=method.steps.whole_matrices)  # else the trainer does
     trainer = MethodTrainer(
         model=model,
         args=_arguments(settings, engine, resume.folder, steps, seed, bf16=bf16, clips=clips),
@@ -158,7 +157,7 @@ def train(
         optimizer_state_mb=sum(t.numel() * t.element_size() for t in tensors) / 2**20,
     )
     gather(model, trainer.model_wrapped)
-    result.trainable_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    result.trainable_parameters = sum(p.numel() for p in trainable(model).values())
     # One step in all is the first of the warm-up, whose rate is zero.
     moved = movement(before, model) if any(row["learning_rate"] > 0 for row in trainer.curve) else {}
     return result, moved

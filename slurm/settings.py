@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pydantic import NonNegativeInt, PositiveInt
 
 from experiments.config import CONF, build, compose_config, resolve
+from lora_ga.engines import Engine
 from lora_ga.errors import SetupError
 
 
@@ -54,6 +55,12 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
             raise SetupError(f"{argument}: on a cluster say slurm.{argument}")
         (ours if key.partition(".")[0] == "slurm" else runs).append(argument)
     return ours, runs
+
+
+def engine_of(settings: Settings) -> Engine:
+    """What a run's processes will be held by."""
+    chosen = [f"launcher={settings.launcher}", *([f"launcher.nproc={settings.nproc}"] if settings.nproc > 1 else [])]
+    return build(Engine, resolve(compose_config(chosen))["launcher"], "launcher")
 
 
 def read_settings(overrides: Sequence[str]) -> Settings:

@@ -18,13 +18,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.config import ROOT, load_config, one_line_errors, require_means
+from experiments.config import ROOT, check_engine, load_config, one_line_errors, require_means
 from experiments.plan import PlannedRun, expand
 from lora_ga.errors import SetupError
 from lora_ga.records import write_atomic
 from slurm.manifest import Entry, Submission, log_path, read_manifest, submissions, write_job, write_manifest
 from slurm.queue import command, jobs
-from slurm.settings import Settings, read_settings, split
+from slurm.settings import Settings, engine_of, read_settings, split
 from slurm.snapshot import snapshot
 
 log = logging.getLogger(__name__)
@@ -125,8 +125,10 @@ def main(arguments: Sequence[str]) -> int:
         ours, others = split(arguments)
         settings = read_settings(ours)
         runs = planned(others)
+        engine = engine_of(settings)
         for run in runs:
             require_means(run.config)
+            check_engine(run.config, engine)
         require_full_paths(runs)
         submission = submit(runs, settings)
         if submission is None:

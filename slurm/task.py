@@ -30,6 +30,8 @@ ENDED_BY_ITSELF = (0, 1, 2)  # finished; left a record of its failure; refused a
 
 def run_command(settings: Mapping[str, Any], overrides: Sequence[str]) -> list[str]:
     """What starts one run."""
+    if settings["launcher"] == "none":
+        return [sys.executable, "-m", "experiments.run", *overrides]
     engine = [f"launcher={settings['launcher']}", f"nproc={settings['nproc']}"]
     return [sys.executable, "-m", "experiments.launch", *engine, *overrides]
 

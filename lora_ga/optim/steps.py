@@ -15,7 +15,7 @@ from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 
-from lora_ga.adapters import adapter_pairs
+from lora_ga.adapters import adapter_pairs, trainable
 from lora_ga.errors import SetupError
 from lora_ga.optim.lora_pro import LoraProAdamW, Mode, XChoice
 from lora_ga.optim.scaled_adamw import ScaledAdamW
@@ -28,16 +28,12 @@ def _known(field: str, value: Any, known: tuple[str, ...]) -> None:
         raise SetupError(f"method.steps.{field}={value} is unknown: use one of {', '.join(known)}")
 
 
-def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
 def _pairs(model: nn.Module, who: str) -> list[tuple[nn.Parameter, nn.Parameter, float]]:
     """Every adapter pair; SetupError without pairs, or with trainable parameters that no pair would move."""
     if not adapter_pairs(model):
         raise SetupError(f"{who} steps need LoRA adapters; method full_ft has none: use method/steps=adamw")
     others = [
-        name for name in _trainable(model) if not name.endswith((".lora_A.default.weight", ".lora_B.default.weight"))
+        name for name in trainable(model) if not name.endswith((".lora_A.default.weight", ".lora_B.default.weight"))
     ]
     if others:
         raise SetupError(
@@ -66,7 +62,7 @@ class AdamW(Steps):
 
     def optimizer(self, model: nn.Module, *, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
         return torch.optim.AdamW(
-            list(_trainable(model).values()),
+            list(trainable(model).values()),
             lr=learning_rate,
             betas=(self.betas[0], self.betas[1]),
             eps=self.eps,

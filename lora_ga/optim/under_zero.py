@@ -17,14 +17,13 @@ from lora_ga.optim.pairs import PairOptimizer
 
 
 class PairsUnderZero:
-    """`optimizer` moves the pairs of an engine; `grad_norm` is the last step's, before clipping to max_grad_norm."""
+    """`optimizer` moves the pairs of an engine, through copies; clipping, too, is left to it."""
 
-    def __init__(self, optimizer: PairOptimizer, max_grad_norm: float) -> None:
-        self.optimizer, self.max_grad_norm = optimizer, max_grad_norm
+    def __init__(self, optimizer: PairOptimizer) -> None:
+        self.optimizer = optimizer
         self.parameters: Sequence[nn.Parameter] = list(optimizer.param_groups[0]["params"])
         self.copies = [nn.Parameter(parameter.detach().float().clone()) for parameter in self.parameters]
         optimizer.stand_in(dict(zip(self.parameters, self.copies, strict=True)))
-        self.grad_norm = float("nan")
 
     def engine_optimizer(self) -> torch.optim.Optimizer:
         """What the engine runs: it subtracts what it takes for the gradient."""
@@ -50,8 +49,6 @@ class PairsUnderZero:
             gradient = safe_get_full_grad(parameter)
             assert gradient is not None, "the engine has no gradient of a LoRA factor"
             copy.grad = gradient.to(copy.dtype).view_as(copy).clone()
-        clip = self.max_grad_norm if self.max_grad_norm > 0 else float("inf")
-        self.grad_norm = float(torch.nn.utils.clip_grad_norm_(self.copies, clip))
         before = [copy.detach().clone() for copy in self.copies]
         self.optimizer.step()
         for parameter, copy, old in zip(self.parameters, self.copies, before, strict=True):

@@ -19,6 +19,8 @@ ENGINES = {"ddp": ("ddp", 0), "zero0": ("deepspeed", 0), "zero2": ("deepspeed", 
 ON_T5 = ("full_ft", "lora", "lora_ga", "lora_one", "lora_pro")
 ON_LLAMA = [name for name in METHODS if name not in ("dora", "adalora")]  # DeepSpeed refuses them, in part
 TRAININGS = [*(f"causal {name}" for name in ON_LLAMA), *(f"seq2seq {name}" for name in ON_T5)]
+DORA = "causal dora"
+SOME_REFUSE = {"ddp": (DORA, "causal adalora"), "zero0": (DORA,), "zero2": (DORA,), "zero3": ()}
 WITH_AUTOCAST = "causal lora bfloat16"
 # float32: sums in another order, over 4 steps; Adam divides by small second moments
 LOSS, FACTOR = 2e-5, 2e-3
@@ -28,7 +30,8 @@ LOSS, FACTOR = 2e-5, 2e-3
 def alone(tmp_path_factory):
     """Every training in one process."""
     folder = tmp_path_factory.mktemp("alone")
-    found = {which: training(*which.split(), Engine(), Resume(folder)) for which in TRAININGS}
+    wanted = [*TRAININGS, *SOME_REFUSE["ddp"]]
+    found = {which: training(*which.split(), Engine(), Resume(folder)) for which in wanted}
     architecture, name, autocast = WITH_AUTOCAST.split()
     found[WITH_AUTOCAST] = training(architecture, name, Engine(), Resume(folder), autocast=autocast)
     return found
@@ -40,7 +43,8 @@ def together(request, processes, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     kind, stage = ENGINES[request.param]
     worker = Path(__file__).with_name("training_worker.py")
-    processes(2, worker, [kind, str(stage), str(folder), *TRAININGS, WITH_AUTOCAST], folder)
+    wanted = [*TRAININGS, *SOME_REFUSE[request.param], WITH_AUTOCAST]
+    processes(2, worker, [kind, str(stage), str(folder), *wanted], folder)
     return request.param, *(torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1))
 
 
@@ -49,8 +53,8 @@ def losses(found):
 
 
 def test_losses_are_those_of_one_process(alone, together):
-    _, first, second = together
-    for which in TRAININGS:
+    name, first, second = together
+    for which in (*TRAININGS, *SOME_REFUSE[name]):
         assert losses(first[which]) == losses(second[which])
         assert losses(first[which]) == pytest.approx(losses(alone[which]), abs=LOSS), which
         assert [row["tokens"] for row in first[which]["curve"]] == [row["tokens"] for row in alone[which]["curve"]]

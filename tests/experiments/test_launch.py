@@ -14,6 +14,7 @@ import pytest
 
 from experiments.config import ROOT, load_config
 from experiments.launch import environments, run_overrides, wait
+from lora_ga.engines import Engine, require_processes
 from lora_ga.errors import REQUEUE, SetupError
 
 SMALL = [
@@ -87,6 +88,13 @@ def _run(module: str, *arguments: str, **environment: str) -> subprocess.Complet
     return subprocess.run(command, cwd=ROOT, env=given, capture_output=True, text=True, check=False)
 
 
+def test_one_process_wants_one_gpu(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    with pytest.raises(SetupError, match="4 are visible: set CUDA_VISIBLE_DEVICES=0"):
+        require_processes(Engine())
+
+
 @pytest.mark.slow
 def test_an_engine_wants_its_processes_and_one_process_wants_no_engine():
     alone = _run("experiments.run", "launcher=ddp", *SMALL)
@@ -107,9 +115,15 @@ def _curve(folder: Path) -> tuple[list[dict], dict, dict]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("launcher", "method"), [("ddp", "lora_pro"), ("zero2", "lora_ga"), ("zero3", "full_ft"), ("zero3", "lora_pro")]
+    ("launcher", "method", "how"),
+    [
+        ("ddp", "lora_pro", signal.SIGKILL),
+        ("zero2", "lora_ga", signal.SIGUSR1),
+        ("zero3", "full_ft", signal.SIGTERM),
+        ("zero3", "lora_pro", signal.SIGKILL),
+    ],
 )
-def test_a_run_told_to_stop_on_two_ranks_goes_on_where_it_was(launcher, method, tmp_path):
+def test_a_run_stopped_or_killed_on_two_ranks_goes_on_where_it_was(launcher, method, how, tmp_path):
     def command(name: str) -> list[str]:
         places = [f"records={tmp_path / name}/records", f"outputs={tmp_path / name}/outputs", "checkpoint_every=1"]
         return ["experiments.launch", f"launcher={launcher}", "nproc=2", *SMALL, f"method={method}", *places]
@@ -121,8 +135,9 @@ def test_a_run_told_to_stop_on_two_ranks_goes_on_where_it_was(launcher, method, 
         written = "two/outputs/checkpoints/*/checkpoint-*/checkpoint.json"
         while process.poll() is None and not list(tmp_path.glob(written)):
             time.sleep(0.05)
-        process.send_signal(signal.SIGUSR1)
-        assert process.wait() == REQUEUE, (tmp_path / "log").read_text()
+        process.send_signal(how)
+        ended = -signal.SIGKILL if how == signal.SIGKILL else REQUEUE
+        assert process.wait() == ended, (tmp_path / "log").read_text()
     assert not list(tmp_path.glob("two/records/*/*.json"))
     resumed = _run(*command("two"))
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
