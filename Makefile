@@ -74,12 +74,12 @@ slurm-chat: assets ## ... the chat table
 slurm-status: setup ## where the runs of EXPERIMENT (glue) on the cluster stand
 	@$(PY) -m slurm.status experiment=$(or $(EXPERIMENT),glue) scale=$(SCALE)
 
-report: setup ## tables and figures of EXPERIMENT (all) and the papers' tables from RECORDS (yours), nothing trained
+report: setup ## tables and figures from RECORDS (yours), nothing trained: of EXPERIMENT, or all and results/report.html
 	@$(PY) -m experiments.report $(if $(EXPERIMENT),experiment=$(EXPERIMENT) scale=$(SCALE)) records=$(RECORDS)
 
 baseline-tables: setup ## tables and figures of the committed records, after records were added to them
 	@for folder in results/baseline/*-local; do name=$$(basename $$folder -local); \
-	$(PY) -m experiments.report experiment=$$name records=results/baseline baseline=results/none out=$$folder || exit 1; done
+	$(PY) -m experiments.report experiment=$$name records=results/baseline out=$$folder || exit 1; done
 	@$(PY) -m experiments.report scale=paper records=results/baseline out=results/baseline/papers
 
 plan: assets ## the runs of EXPERIMENT (glue) and what they take in memory, nothing executed

@@ -1,15 +1,22 @@
-"""What many tests share: one thread (small matrices, and reproducible sums), and random models of two layers."""
+"""What many tests share: one thread (small matrices, and reproducible sums), random models of two layers, the report of
+our records, and Debian's packages."""
 
 from __future__ import annotations
 
+import fcntl
 import os
+import shutil
+import subprocess
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
+from experiments.report.__main__ import main as report
 from lora_ga.data.encoding import Collator, EncodedRow
 
 torch.set_num_threads(1)
@@ -92,3 +99,33 @@ def random_rows() -> Callable[..., list[EncodedRow]]:
 def collators() -> dict[str, Collator]:
     """The collator of each architecture."""
     return {"causal": Collator("causal", 0), "seq2seq": Collator("seq2seq", 0, 0)}
+
+
+@pytest.fixture(scope="session")
+def debian() -> Callable[..., None]:
+    """debian("chromium", commands=("chromium",)): the packages are there, installed by root if need be, or a skip."""
+
+    def install(*packages: str, commands: tuple[str, ...]) -> None:
+        missing = [name for name in commands if not shutil.which(name)]
+        if not missing:
+            return
+        if os.geteuid() != 0 or not shutil.which("apt-get"):
+            pytest.skip(f"no {', '.join(missing)}; installing {', '.join(packages)} takes root and apt-get")
+        environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+        # Workers may want different packages at the same time, and apt-get refuses a second of itself.
+        with (Path(tempfile.gettempdir()) / "lora-repro-apt.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for words in (["update"], ["install", "--yes", "--no-install-recommends", *packages]):
+                answer = subprocess.run(["apt-get", *words], env=environment, capture_output=True, text=True)
+                if answer.returncode:
+                    pytest.skip(f"apt-get {words[0]} failed: {answer.stderr.strip().splitlines()[-1]}")
+
+    return install
+
+
+@pytest.fixture(scope="session")
+def committed_report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `make report RECORDS=results/baseline` writes."""
+    out = tmp_path_factory.mktemp("report")
+    assert report(["records=results/baseline", f"out={out}"]) == 0
+    return out

@@ -9,7 +9,6 @@ import pytest
 from experiments.config import load_config
 from experiments.launch import run_overrides
 from experiments.plan import expand
-from experiments.report.__main__ import main as report
 from slurm.settings import read_settings, split
 from slurm.submit import planned
 
@@ -65,17 +64,37 @@ def written(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in paths}
 
 
-@pytest.mark.parametrize("folder", sorted(path.name for path in (ROOT / "results/baseline").glob("*-local")))
-def test_the_committed_records_give_the_committed_tables_and_pictures(folder: str, tmp_path: Path) -> None:
-    """As `make baseline-tables` writes them; run it where this fails after records were added."""
-    experiment = folder.removesuffix("-local")
-    settings = [f"{key}={value}" for key, value in (("records", "results/baseline"), ("baseline", "results/none"))]
-    assert report([f"experiment={experiment}", *settings, f"out={tmp_path}"]) == 0
-    committed, made = written(ROOT / "results/baseline" / folder), written(tmp_path)
-    assert sorted(committed) == sorted(made)
+@pytest.mark.slow
+def test_the_committed_records_give_the_committed_tables_and_pictures(committed_report: Path) -> None:
+    """The README's among them; run `make baseline-tables` where this fails after records were added."""
+    committed: dict[str, bytes] = {}
+    for folder in (ROOT / "results/baseline").iterdir():
+        committed |= written(folder)
+    made = written(committed_report)
+    assert len(made) > 40 and sorted(committed) == sorted(made)
     assert [name for name in made if made[name] != committed[name]] == []
+    shown = re.findall(r"!\[[^]]*\]\((\S+\.png)\)", README)
+    assert len(shown) == 2 and all(made[Path(path).name] == (ROOT / path).read_bytes() for path in shown)
 
 
-def test_the_committed_records_give_the_committed_paper_tables(tmp_path: Path) -> None:
-    assert report(["scale=paper", "records=results/baseline", f"out={tmp_path}"]) == 0
-    assert written(tmp_path) == written(ROOT / "results/baseline/papers")
+def lines_of(experiment: str, heading: str) -> list[list[str]]:
+    """The cells of a committed table, header first."""
+    page = (ROOT / f"results/baseline/{experiment}-local/tables/{experiment}-local.md").read_text()
+    table = page.partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    return [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ") and "---" not in line]
+
+
+@pytest.mark.parametrize("experiment", ["glue_lr", "math_lr"])
+def test_the_rates_are_the_committed_ones(experiment: str) -> None:
+    """All but the task's column and the count of seeds."""
+    header, *lines = lines_of(experiment, "Learning-rate sensitivity")
+    shown = [" | ".join([line[0], *line[2:]]).replace(" (n=1)", "") for line in lines]
+    assert len(shown) >= 5 and [line for line in shown if f"| {line} |" not in README] == []
+    assert f"| {' | '.join(header[2:])} |" in README
+
+
+def test_the_costs_are_the_committed_ones() -> None:
+    """Of the second machine, where nothing else ran; all but the last two columns."""
+    header, *lines = lines_of("glue", "Cost, mean over finished runs")
+    alone = [" | ".join(line[:6]).replace(" [2]", "") for line in [header, *lines] if "[1]" not in line[0]]
+    assert len(alone) == 6 and [line for line in alone if f"| {line} |" not in README] == []

@@ -1,8 +1,9 @@
 """Tables and figures from records: `python -m experiments.report [experiment=glue] [scale=local] [records=results/runs]
-[baseline=results/baseline] [out=results]`; without experiment, of all that has records, and the papers' tables.
-Writes <out>/tables/<experiment>-<scale>.{md,csv,tex}, -analysis.{csv,tex} and <out>/figures/<experiment>-<scale>-*; the
-same records give the same bytes. Records of the same models scored under several protocols give the table of how much
-protocols and methods move instead.
+[baseline=results/baseline] [out=results]`; without experiment, of all that has records, and the papers' tables; without
+scale too, all of it as <out>/report.html. Writes <out>/tables/<experiment>-<scale>.{md,csv,tex}, -analysis.{csv,tex},
+<out>/figures/<experiment>-<scale>-*; the same records give the same bytes. Records of the same models scored under
+several protocols give the table of how much protocols and methods move instead. Where records and baseline are one
+folder there is no difference to show, so the committed records give the committed pages.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ from experiments.report.drawing import save
 from experiments.report.exports import csv_text, latex
 from experiments.report.flags import flags
 from experiments.report.grid import METHODS, TASKS, build_grid
+from experiments.report.html import html
 from experiments.report.loading import NO_PLAN, Entry, Plan, read_entries, read_plan
 from experiments.report.page import legend, page
 from experiments.report.papers import read_library
 from experiments.report.published import PublishedRow, read_published, read_tables
+from experiments.report.sections import Page
 from experiments.report.tables import MainTable
 from lora_ga.errors import SetupError
 from lora_ga.records import write_atomic
@@ -92,7 +95,9 @@ def _beside(settings: Settings, plan: Plan, entries: Sequence[Entry]) -> tuple[M
     )
     baseline = None
     if settings.scale == "local":
-        known, _ = read_entries(ROOT / settings.baseline / settings.name, settings.experiment, settings.scale)
+        folder = ROOT / settings.baseline / settings.name
+        itself = (ROOT / settings.records).resolve() == (ROOT / settings.baseline).resolve()
+        known = [] if itself else read_entries(folder, settings.experiment, settings.scale)[0]
         baseline = build_grid(known, NO_PLAN, settings.scale)
     order = {method: place for place, method in enumerate(METHODS)}
     published.sort(key=lambda row: order[row.method])
@@ -113,8 +118,8 @@ def _search(settings: Settings, plan: Plan, entries: Sequence[Entry]) -> SearchR
     return None
 
 
-def report(settings: Settings) -> Path:
-    """Write everything of one experiment; returns the Markdown page."""
+def report(settings: Settings) -> tuple[Path, Page]:
+    """Write everything of one experiment; returns its Markdown page, and what that was made of."""
     plan = _plan(settings.experiment, settings.scale)
     folder = ROOT / settings.records / settings.name
     entries, skipped = read_entries(folder, settings.experiment, settings.scale)
@@ -125,36 +130,36 @@ def report(settings: Settings) -> Path:
     title = f"{settings.experiment}, {settings.scale} scale"
     if plan.protocols or protocols.rescored(entries):
         grids = protocols.by_protocol(entries, plan, settings.scale)
-        tex, md = protocols.latex(grids, title, settings.name), protocols.page(title, grids, plan.notes, skipped)
-        return _write(settings, settings.name, csv=protocols.csv_text(grids), tex=tex, md=md)
+        shown = protocols.page(settings.name, title, grids, plan.notes, skipped)
+        return _write_page(settings, shown, protocols.csv_text(grids), protocols.latex(grids, title, settings.name))
     table, sources = _beside(settings, plan, entries)
     known = analyse(table.grid, settings.name, _search(settings, plan, entries))
     notes = [*known.notes, *plan.notes, *flags(table.grid, skipped)]
     save(known.figures, ROOT / settings.out / "figures")
     below = {"csv": sections.csv_text(known.sections), "tex": sections.latex(known.sections, title, settings.name)}
     _write(settings, f"{settings.name}-analysis", **below)
-    return _write(
-        settings,
-        settings.name,
-        csv=csv_text(table),
-        tex=latex(table, title, settings.name, [*legend(table), *notes]),
-        md=page(title, table, notes, sources, known.sections),
-    )
+    shown = page(settings.name, title, table, notes, sources, known.sections)
+    tex = latex(table, title, settings.name, [*legend(table), *notes])
+    return _write_page(settings, shown, csv_text(table), tex)
 
 
 def report_all(settings: Settings) -> list[Path]:
-    """Write every experiment with a folder of records and, unless only local scale is asked for, the papers' tables."""
-    pages = []
+    """Write every experiment with a folder of records, the papers' tables unless only local scale is asked for, and,
+    where no scale is asked for, the whole as report.html; returns the Markdown pages and that."""
+    written = []
     scales = [settings.scale] if settings.scale else list(TASKS)
     for folder in sorted(path.name for path in (ROOT / settings.records).glob("*") if path.is_dir()):
         experiment, _, scale = folder.rpartition("-")
         if experiment and scale in scales:
-            pages.append(report(dataclasses.replace(settings, experiment=experiment, scale=scale)))
+            written.append(report(dataclasses.replace(settings, experiment=experiment, scale=scale)))
     if "paper" in scales:
         library = read_library(ROOT / settings.records, *read_tables(PUBLISHED), "paper")
-        texts = {"csv": papers_page.csv_text(library), "tex": papers_page.latex(library)}
-        pages.append(_write(settings, "papers", **texts, md=papers_page.page(library)))
-    return pages
+        tables = papers_page.csv_text(library), papers_page.latex(library)
+        written.append(_write_page(settings, papers_page.page(library), *tables))
+    paths, out = [path for path, _ in written], ROOT / settings.out
+    if not settings.scale:
+        paths.append(write_atomic(out / "report.html", html([shown for _, shown in written], out)))
+    return paths
 
 
 def _write(settings: Settings, name: str, **texts: str) -> Path:
@@ -163,13 +168,17 @@ def _write(settings: Settings, name: str, **texts: str) -> Path:
     return paths[-1]
 
 
+def _write_page(settings: Settings, shown: Page, csv: str, tex: str) -> tuple[Path, Page]:
+    return _write(settings, shown.name, csv=csv, tex=tex, md=shown.markdown()), shown
+
+
 def main(arguments: Sequence[str]) -> int:
     """Command line; exit code 2 with one line if a setting is wrong."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("fontTools").setLevel(logging.WARNING)  # it reports every glyph of a PDF
     try:
         settings = parse(arguments)
-        pages = [report(settings)] if settings.experiment else report_all(settings)
+        pages = [report(settings)[0]] if settings.experiment else report_all(settings)
     except SetupError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -7,7 +7,9 @@ from collections.abc import Iterable, Sequence
 from experiments.report.columns import GRADED, PERCENT, WORDS
 from experiments.report.grid import Cell, Grid, Row, in_order
 from experiments.report.loading import Entry
-from experiments.report.tables import markdown, summary_text
+from experiments.report.sections import Section
+from experiments.report.tables import summary_text
+from experiments.report.traced import Traced
 
 # Metrics beside the scores of eval/gsm8k.py, eval/humaneval.py and eval/mt_bench_scores.py; the last is a count.
 EXTRACTORS = ("strict", "flexible", "authors")
@@ -21,8 +23,8 @@ def _benchmarks(entries: Iterable[Entry], metric: str, task: str) -> list[str]:
     return list(dict.fromkeys(name.partition("/")[0] for name in names if name.endswith(f"/{metric}")))
 
 
-def readings(grid: Grid) -> str:
-    """Word problems as each extractor reads the same answers; "" if there are none."""
+def readings(grid: Grid) -> Section | None:
+    """Word problems as each extractor reads the same answers; None if there are none."""
     body = []
     for task in grid.tasks:
         for benchmark in _benchmarks(grid.entries, EXTRACTORS[0], task):
@@ -33,15 +35,16 @@ def readings(grid: Grid) -> str:
                 counts = {entry.record.metrics[cells[0].column.metric]["n"] for entry in _with(cells[0])}
                 rows = ", ".join(str(int(count)) for count in sorted(counts))
                 texts = [summary_text(cell.summary) if cell.summary else "—" for cell in cells]
-                body.append([row.label, WORDS.get(benchmark, benchmark), *texts, rows])
+                each = [Traced(text, _with(cell)) for text, cell in zip(texts, cells, strict=True)]
+                body.append([row.label, WORDS.get(benchmark, benchmark), *each, Traced(rows, _with(cells[0]))])
     if not body:
-        return ""
+        return None
     header = ["method", "problems", "strict", "flexible", "as the authors' code", "strict finds no number", "rows"]
     legend = (
         "The same answers: strict takes the number after the last marker, flexible the last number, and the authors' "
-        "code reads 1,080 as 1 and a miss as 0 (eval/gsm8k.py). In percent.\n"
+        "code reads 1,080 as 1 and a miss as 0 (eval/gsm8k.py). In percent."
     )
-    return f"## Answers read three ways\n\n{legend}\n" + markdown(header, body, words=2)
+    return Section("readings", "Answers read three ways", header, body, 2, legend)
 
 
 def _with(cell: Cell) -> list[Entry]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from experiments.report.columns import PERCENT, Unit
 from experiments.report.grid import Cell, Grid, Row
+from experiments.report.loading import Entry
 from experiments.report.sections import Section
 from experiments.report.statistics import (
     Difference,
@@ -20,6 +21,7 @@ from experiments.report.statistics import (
     paired,
     probability_of_improvement,
 )
+from experiments.report.traced import traced
 
 BASE = "lora"
 LEGEND = (
@@ -40,6 +42,7 @@ class Contrast:
     difference: Difference
     bootstrap: Interval | None
     better: float
+    entries: tuple[Entry, ...]
 
 
 def base_row(grid: Grid) -> Row | None:
@@ -65,6 +68,7 @@ def _contrast(method: str, column: str, pairs: Sequence[tuple[Cell, Cell]]) -> C
     base = np.array([[cell.by_seed[seed] for seed in seeds] for _, cell in pairs])
     unit = pairs[0][0].column.unit
     sign = -1 if unit.lower_is_better else 1
+    runs = (entry for pair in pairs for cell in pair for entry in cell.finished if entry.record.seed in seeds)
     return Contrast(
         method,
         column,
@@ -73,6 +77,7 @@ def _contrast(method: str, column: str, pairs: Sequence[tuple[Cell, Cell]]) -> C
         paired(list(mine.mean(0)), list(base.mean(0))),
         bootstrap([list(gaps) for gaps in mine - base], mean_of_means),
         probability_of_improvement([list(sign * x) for x in mine], [list(sign * x) for x in base]),
+        tuple(runs),
     )
 
 
@@ -109,9 +114,8 @@ def against_lora(grid: Grid) -> Section | None:
         ps = ["—", "—"] if gap.p is None else [f"{gap.p:.3f}", f"{next(adjusted):.3f}"]
         name = f"{known.column} (lower is better)" if known.unit.lower_is_better else known.column
         intervals = [interval_text(known.unit, (gap.low, gap.high)), interval_text(known.unit, known.bootstrap)]
-        body.append(
-            [known.method, name, str(known.seeds), known.unit.signed(gap.value), *intervals, f"{known.better:.2f}", *ps]
-        )
+        texts = [str(known.seeds), known.unit.signed(gap.value), *intervals, f"{known.better:.2f}", *ps]
+        body.append([known.method, name, *traced(texts, known.entries)])
     header = ["method", "column", "seeds", "difference", "95 % t", "95 % bootstrap", "P(better)", "p", "p (Holm)"]
     return Section("against-lora", "Against LoRA", header, body, 2, LEGEND.format(tests=len(tested)))
 
@@ -126,12 +130,12 @@ def over_tasks(grid: Grid) -> Section | None:
         if not all(cell.by_seed and not cell.repeated_seeds for cell in cells):
             continue
         groups = [np.array(list(cell.by_seed.values())) for cell in cells]
-        texts = [row.label, str(sum(map(len, groups)))]
+        texts = [str(sum(map(len, groups)))]
         for statistic in (mean_of_means, interquartile_mean):
             interval = bootstrap([list(group) for group in groups], statistic)
             held = f"[{PERCENT.text(interval[0])}, {PERCENT.text(interval[1])}]" if interval else "—"
             texts += [PERCENT.text(float(statistic(*groups))), held]
-        body.append(texts)
+        body.append([row.label, *traced(texts, [entry for cell in cells for entry in cell.finished])])
     header = ["method", "runs", "mean", "95 % bootstrap", "interquartile mean", "95 % bootstrap of it"]
     legend = "In percent. The interquartile mean is over the middle half of all runs on all tasks."
     return Section("over-tasks", "Over all tasks", header, body, 1, legend) if body else None

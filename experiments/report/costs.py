@@ -11,7 +11,9 @@ from experiments.report.columns import PERCENT, Column, Unit
 from experiments.report.drawing import canvas, grid_lines, legend_below, point, style
 from experiments.report.flags import hardware, machine, main_machine
 from experiments.report.grid import Grid, Row, in_order
+from experiments.report.loading import Entry
 from experiments.report.sections import Section
+from experiments.report.traced import Traced, traced
 from lora_ga.records import RunRecord
 
 COSTS = {
@@ -31,12 +33,13 @@ def mean_cost(records: Sequence[RunRecord], name: str) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _line(label: str, records: Sequence[RunRecord]) -> list[str]:
-    texts = []
+def _line(label: str, entries: Sequence[Entry]) -> list[str]:
+    records = [entry.record for entry in entries]
+    texts = [str(len(records))]
     for name in COSTS:
         value, digits = mean_cost(records, name), 0 if name == "trainable_parameters" else 1
         texts.append("—" if value is None else f"{value:,.{digits}f}")
-    return [label, str(len(records)), *texts]
+    return [label, *traced(texts, entries)]
 
 
 def costs(grid: Grid) -> Section:
@@ -44,9 +47,9 @@ def costs(grid: Grid) -> Section:
     machines, body = hardware(grid), []
     for row in grid.rows:
         for place, text in enumerate(machines, start=1):
-            records = [entry.record for entry in row.entries if entry.finished and machine(entry) == text]
-            if records:
-                body.append(_line(row.label + (f" [{place}]" if len(machines) > 1 else ""), records))
+            entries = [entry for entry in row.entries if entry.finished and machine(entry) == text]
+            if entries:
+                body.append(_line(row.label + (f" [{place}]" if len(machines) > 1 else ""), entries))
     commits = in_order((str(entry.record.environment.get("git_commit")) for entry in grid.entries), ())
     dirty = any(entry.record.environment.get("git_dirty") for entry in grid.entries)
     listed = [f"[{place}] {text}" for place, text in enumerate(machines, start=1)] if len(machines) > 1 else machines
@@ -59,11 +62,13 @@ def costs(grid: Grid) -> Section:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a method stands: its quality, and what one cost of it was on the machine compared."""
+    """Where a method stands: its quality, and what one cost of it was on the machine compared; the runs of each."""
 
     row: Row
     quality: float
     cost: float
+    scored: tuple[Entry, ...] = ()
+    timed: tuple[Entry, ...] = ()
 
 
 def front(places: Sequence[Place], lower_is_better: bool) -> list[Place]:
@@ -92,10 +97,12 @@ def _places(grid: Grid, column: Column | None, cost: str, on: str) -> list[Place
     found = []
     for row in grid.rows:
         summary = row.average if column is None else row.cells[column].summary
-        records = [entry.record for entry in row.entries if entry.finished and machine(entry) == on]
-        value = mean_cost(records, cost)
+        timed = tuple(entry for entry in row.entries if entry.finished and machine(entry) == on)
+        value = mean_cost([entry.record for entry in timed], cost)
         if summary is not None and value is not None:
-            found.append(Place(row, summary.mean, value))
+            scored = (row.cells[known] for known in ([column] if column else row.cells))
+            runs = tuple(entry for cell in scored for entry in cell.finished)
+            found.append(Place(row, summary.mean, value, runs, timed))
     return found
 
 
@@ -133,7 +140,8 @@ def fronts(grid: Grid, name: str) -> tuple[Section | None, dict[str, Figure]]:
             on_front = ["yes" if label in [p.row.label for p in best[cost]] else "no" for cost in FRONTS]
             costs_of = [next((f"{p.cost:,.1f}" for p in each[c] if p.row.label == label), "—") for c in FRONTS]
             texts = [text for pair in zip(costs_of, on_front, strict=True) for text in pair]
-            body.append([label, quality, unit.text(place.quality), *texts])
+            mean = Traced(unit.text(place.quality), place.scored)
+            body.append([label, quality, mean, *traced(texts, place.timed)])
     if not known:
         return None, {}
     with style():

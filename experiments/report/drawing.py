@@ -22,6 +22,7 @@ PROMINENT = ("full_ft", "lora", "lora_ga", "lora_one", "lora_pro")  # told apart
 MARKERS = ("", "o", "^", "s", "x")
 POINTS = ("o", "^", "s", "D", "v", "P", "X")  # where there is no line, shape tells what colour may not
 DASHES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))
+DPI = 300
 PANEL = (3.4, 3.0)  # inches: a paper's column
 STYLE = {
     "font.size": 7,
@@ -59,7 +60,7 @@ def _place(methods: Iterable[str], method: str) -> int:
 
 def canvas(rows: int, columns: int, height: float = PANEL[1]) -> Figure:
     """A figure of that many panels, each a column wide."""
-    figure = Figure(figsize=(PANEL[0] * columns, height * rows), dpi=300, layout="constrained")
+    figure = Figure(figsize=(PANEL[0] * columns, height * rows), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 

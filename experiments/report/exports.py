@@ -10,7 +10,7 @@ from experiments.report.columns import PERCENT
 from experiments.report.grid import Row
 from experiments.report.published import AVERAGE, PublishedRow
 from experiments.report.statistics import Summary
-from experiments.report.tables import MainTable, difference, headings, lines, status
+from experiments.report.tables import GREY, GREY_END, MainTable, difference, headings, lines, status
 
 LATEX = {
     "\\": r"\textbackslash{}",
@@ -26,7 +26,10 @@ LATEX = {
     "<": r"\textless{}",
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
+    GREY: r"\textcolor{gray}{",
+    GREY_END: "}",
 }
+NEEDS_XCOLOR = "% grey cells need \\usepackage{xcolor}\n"
 CSV_HEADER = (
     "row",
     "method",
@@ -86,13 +89,14 @@ def latex(table: MainTable, caption: str, label: str, notes: Sequence[str]) -> s
     """The main table in LaTeX."""
     body: list[str] = []
     printed = lines(table)
+    needs = NEEDS_XCOLOR if any(GREY in text for line in printed for text in line.texts) else ""
     grouped = len(printed) > len(table.grid.rows)
     previous = None
     for line in printed:
         body += [r"\addlinespace"] if grouped and previous not in (None, line.label) else []
         body.append(latex_line(("" if line.label == previous else line.label, line.origin, *line.texts)))
         previous = line.label
-    return latex_table(["method", "result", *headings(table)], body, caption, label, notes)
+    return needs + latex_table(["method", "result", *headings(table)], body, caption, label, notes)
 
 
 def csv_lines(rows: Sequence[Sequence[str]]) -> str:

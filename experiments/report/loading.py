@@ -21,10 +21,11 @@ STATUSES = ("finished", "failed", "diverged")
 
 @dataclass(frozen=True)
 class Entry:
-    """A record and the name of its file."""
+    """A record, the name of its file and the folder that holds it."""
 
     file: str
     record: RunRecord
+    folder: Path = Path()
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -87,7 +88,7 @@ def read_entries(folder: Path, experiment: str, scale: str) -> tuple[list[Entry]
     entries, skipped = [], []
     for path in files:
         try:
-            entry = Entry(path.name, read_record(path))
+            entry = Entry(path.name, read_record(path), path.parent)
             _check(entry, experiment, scale)
         except ValueError as error:
             log.warning("left out %s: %s", path, error)

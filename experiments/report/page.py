@@ -1,4 +1,4 @@
-"""The Markdown page of a report: main table, notes, sections, losses, test rows, and the file behind each cell."""
+"""The page of an experiment: main table, notes, sections, losses, test rows, and the file behind each cell."""
 
 from __future__ import annotations
 
@@ -10,21 +10,23 @@ from experiments.report.figures import held_out_loss
 from experiments.report.grid import Cell, Grid, Row, in_order, rate_text
 from experiments.report.loading import Entry
 from experiments.report.published import PublishedRow
-from experiments.report.sections import Section
-from experiments.report.tables import NOT_RUN, MainTable, headings, lines, markdown
+from experiments.report.sections import Page, Section
+from experiments.report.tables import NOT_RUN, MainTable, headings, lines
+from experiments.report.traced import Traced, traced
 
 
-def _intervals(grid: Grid) -> str:
-    def text(cell: Cell) -> str:
+def _intervals(grid: Grid) -> Section | None:
+    def text(cell: Cell) -> Traced:
         summary, unit = cell.summary, cell.column.unit
         if summary is None or summary.low is None or summary.high is None:
-            return "—"
-        return f"[{unit.text(summary.low)}, {unit.text(summary.high)}]"
+            return Traced("—", ())
+        return Traced(f"[{unit.text(summary.low)}, {unit.text(summary.high)}]", cell.finished)
 
     body = [[row.label, *map(text, row.cells.values())] for row in grid.rows]
     if not any(text.startswith("[") for _, *texts in body for text in texts):
-        return ""
-    return "## 95 % t intervals over seeds\n\n" + markdown(["method", *map(grid.heading, grid.columns)], body)
+        return None
+    header = ["method", *map(grid.heading, grid.columns)]
+    return Section("intervals", "95 % t intervals over seeds", header, body)
 
 
 def _rates(row: Row) -> str:
@@ -42,23 +44,24 @@ def _mean_loss(row: Row, task: str) -> str:
     for name in LOSSES:
         cell = row.cell(task, name)
         if cell.summary and len(cell.by_seed) == len(cell.finished):
-            return LOSS.text(cell.summary.mean)
+            return Traced(LOSS.text(cell.summary.mean), cell.finished)
     return "—"
 
 
-def _losses(grid: Grid) -> str:
+def _losses(grid: Grid) -> Section:
     splits = in_order((e.record.data.get("scored", {}).get("split", "test") for e in grid.entries), ())
     body = []
     for row in grid.rows:
-        body.append([row.label, _rates(row), *(_mean_loss(row, task) for task in grid.tasks)])
-    title = f"## Learning rate and held-out loss ({' and '.join(splits) or 'test'} split, mean over seeds)\n\n"
-    return title + markdown(["method", "learning rate", *grid.tasks], body, words=2)
+        body.append([row.label, Traced(_rates(row), row.entries), *(_mean_loss(row, task) for task in grid.tasks)])
+    title = f"Learning rate and held-out loss ({' and '.join(splits) or 'test'} split, mean over seeds)"
+    return Section("losses", title, ["method", "learning rate", *grid.tasks], body, 2)
 
 
-def _test_rows(grid: Grid) -> str:
+def _test_rows(grid: Grid) -> Section:
     body = []
     for task in grid.tasks:
-        records = [entry.record for entry in grid.entries if entry.finished and entry.record.task == task]
+        entries = [entry for entry in grid.entries if entry.finished and entry.record.task == task]
+        records = [entry.record for entry in entries]
 
         def values(pick: Callable[[Mapping], object], records: Sequence = records) -> str:
             return ", ".join(in_order((str(pick(record.data)) for record in records), ())) or "—"
@@ -66,26 +69,24 @@ def _test_rows(grid: Grid) -> str:
         def majority(data: Mapping) -> str:
             return f"{100 * data['majority_rate']:.2f}" if data.get("majority_rate") is not None else "—"
 
-        body.append(
-            [
-                task,
-                values(lambda data: data.get("scored", {}).get("split", "—")),
-                values(lambda data: data.get("scored", {}).get("n", "—")),
-                values(lambda data: data.get("scored", {}).get("of", "—")),
-                values(lambda data: data.get("train", {}).get("n", "—")),
-                values(majority),
-            ]
-        )
+        texts = [
+            values(lambda data: data.get("scored", {}).get("split", "—")),
+            values(lambda data: data.get("scored", {}).get("n", "—")),
+            values(lambda data: data.get("scored", {}).get("of", "—")),
+            values(lambda data: data.get("train", {}).get("n", "—")),
+            values(majority),
+        ]
+        body.append([task, *traced(texts, entries)])
     header = ["task", "split scored", "rows scored", "of", "training rows", "most frequent label %"]
-    return "## Rows\n\n" + markdown(header, body, words=2)
+    return Section("rows", "Rows", header, body, 2)
 
 
-def _published(rows: Sequence[PublishedRow], sources: Mapping[str, str]) -> str:
+def _published(rows: Sequence[PublishedRow], sources: Mapping[str, str]) -> Section:
     body = [[row.method, row.title, ", ".join(row.source), f"{row.confidence:g}", row.note] for row in rows]
     keys = in_order((key for row in rows for key in row.source), tuple(sources))
     header = ["method", "table", "sources", "confidence", "note"]
-    meaning = "\n".join(f"- {key}: {sources[key]}" for key in keys)
-    return "## Where the published numbers come from\n\n" + markdown(header, body, words=5) + "\n" + meaning + "\n"
+    meaning = [f"{key}: {sources[key]}" for key in keys]
+    return Section("published", "Where the published numbers come from", header, body, 5, "", meaning)
 
 
 def convergence(grid: Grid, pictures: Sequence[str]) -> Section | None:
@@ -109,7 +110,7 @@ def _score(entry: Entry) -> str:
     return "—"
 
 
-def records(grid: Grid) -> str:
+def records(grid: Grid, key: str = "records", title: str = "Records") -> Section:
     """The file behind every cell."""
     body = []
     for row in grid.rows:
@@ -117,9 +118,9 @@ def records(grid: Grid) -> str:
             record = entry.record
             score = _score(entry) if entry.finished else (record.error or "—")[:120]
             about = [record.task, row.label, rate_text(record.learning_rate), str(record.seed)]
-            body.append([*about, record.status, score, entry.file])
+            body.append([*about, record.status, score, Traced(entry.file, [entry])])
     header = ["task", "method", "learning rate", "seed", "status", "metric", "file"]
-    return markdown(header, body, words=7) if body else "None.\n"
+    return Section(key, title, header, body, 7, "" if body else "None.")
 
 
 def _units(grid: Grid) -> str:
@@ -148,21 +149,25 @@ def legend(table: MainTable) -> list[str]:
 
 
 def page(
-    title: str, table: MainTable, notes: Sequence[str], sources: Mapping[str, str], sections: Sequence[Section]
-) -> str:
-    """The whole page; pictures are in ../figures, seen from it."""
+    name: str,
+    title: str,
+    table: MainTable,
+    notes: Sequence[str],
+    sources: Mapping[str, str],
+    sections: Sequence[Section],
+) -> Page:
+    """The whole page."""
     grid = table.grid
     main = [[line.label, line.origin, *line.texts] for line in lines(table)]
+    header = ["method", "result", *headings(table)]
     parts = [
-        f"# {title}\n",
-        markdown(["method", "result", *headings(table)], main, words=2),
-        "\n".join(f"- {note}" for note in (*legend(table), *notes)) + "\n",
         _intervals(grid),
         readings(grid),
         _losses(grid),
-        *(section.page("../figures") for section in sections),
+        *sections,
         _test_rows(grid),
-        _published(table.published, sources) if table.published else "",
-        "## Records\n\n" + records(grid),
+        _published(table.published, sources) if table.published else None,
+        records(grid),
     ]
-    return "\n".join(part for part in parts if part)
+    opening = Section("main", title, header, main, 2, "", [*legend(table), *notes])
+    return Page(name, opening, [part for part in parts if part is not None])

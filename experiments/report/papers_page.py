@@ -1,11 +1,11 @@
-"""The papers' tables as Markdown, LaTeX and CSV: three numbers a cell, difference and verdict."""
+"""The papers' tables as a page, LaTeX and CSV: three numbers a cell, difference and verdict."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from experiments.report.comparison import interval_text
-from experiments.report.exports import csv_lines, escape, latex_table
+from experiments.report.exports import NEEDS_XCOLOR, csv_lines, latex_line, latex_table
 from experiments.report.flags import flags
 from experiments.report.grid import Grid, build_grid, in_order
 from experiments.report.loading import NO_PLAN
@@ -24,8 +24,10 @@ from experiments.report.papers import (
 )
 from experiments.report.papers import tuned as tuned_runs
 from experiments.report.published import PaperRow, PaperTable, Printed, differing
+from experiments.report.sections import Page, Section
 from experiments.report.statistics import holm
-from experiments.report.tables import markdown, printed_text, summary_text
+from experiments.report.tables import printed_text, summary_text
+from experiments.report.traced import Traced
 from experiments.report.tuning import footnotes, searches
 
 LEGEND = (
@@ -60,20 +62,13 @@ CSV_HEADER = (
 )
 
 
-GREY = r"$\color{gray}{%s}$†"  # what GitHub shows in grey, and a mark where colour is not seen
-
-
 def _published(printed: Printed | None) -> str:
-    """A printed number, in grey what memory alone vouches for: all of it, or its std."""
-    text = printed_text(printed) if printed else "—"
-    if not text.endswith("†") or printed is None:
-        return text
-    mean, space, std = text.rstrip("†").replace("±", r"\pm").partition(" ")
-    return GREY % (mean + space + std) if printed.from_memory else f"{mean} {GREY % std}"
+    return printed_text(printed) if printed else "—"
 
 
-def _ours(measured: Measured) -> str:
-    return summary_text(measured.summary, measured.unit) if measured.summary else measured.why
+def _ours(measured: Measured) -> Traced:
+    text = summary_text(measured.summary, measured.unit) if measured.summary else measured.why
+    return Traced(text, measured.entries)
 
 
 def _verdict(verdict: Verdict, measured: Measured) -> str:
@@ -89,7 +84,7 @@ def _lines(row: PaperRow, found: Sequence[PaperCell]) -> list[list[str]]:
         [row.name, "published", *(_published(cell.printed) for cell in found)],
         [row.name, "own protocol", *(_ours(cell.own) for cell in found)],
         [row.name, "tuned", *(_ours(cell.tuned) for cell in found)],
-        [row.name, "verdict", *(_verdict(cell.verdict, cell.own) for cell in found)],
+        [row.name, "verdict", *(Traced(_verdict(cell.verdict, cell.own), cell.own.entries) for cell in found)],
     ]
 
 
@@ -126,47 +121,40 @@ def _differing(library: Library) -> list[list[str]]:
     body = []
     for (method, rank, column), found in differing(library.tables).items():
         texts = [f"{_published(cell)} ({table.title})" for table, _, cell in found]
-        ours = []
+        ours, runs = [], []
         for table, row, _ in found:
             if table.protocol is not None:
                 own = under_own_protocol(library, table, row, column)
                 ours += [f"{_ours(own)} under {table.protocol}"] if own.entries else []
                 best = tuned_runs(library, table, row, column)
+                runs += [*own.entries, *best.entries]
                 ours += [f"{_ours(best)} tuned"] if best.entries else []
         label = method if rank == 8 else f"{method} (rank {rank})"
         name = f"{column.task} {column.metric}".strip()
-        body.append([label, name, texts[0], "; ".join(texts[1:]), "; ".join(dict.fromkeys(ours)) or NOT_RUN])
+        measured = Traced("; ".join(dict.fromkeys(ours)) or NOT_RUN, runs)
+        body.append([label, name, texts[0], "; ".join(texts[1:]), measured])
     return body
 
 
-def page(library: Library) -> str:
-    """The Markdown page: every table, then where papers print unlike numbers for one cell."""
-    parts = ["# The papers' tables\n", "\n".join(f"- {text}" for text in LEGEND) + "\n"]
+def page(library: Library) -> Page:
+    """Every table, then where papers print unlike numbers for one cell."""
+    sections = []
     for table in library.shown:
         rows = _rows(library, table)
         body = [line for row, found in rows for line in _lines(row, found)]
-        notes = "\n".join(f"- {note}" for note in _notes(library, table, [found for _, found in rows]))
-        header = ["method", "number", *table.columns]
-        parts.append(f"## {table.title}\n\n{markdown(header, body, 2)}\n{notes}\n")
+        notes = _notes(library, table, [found for _, found in rows])
+        sections.append(Section(table.key, table.title, ["method", "number", *table.columns], body, 2, "", notes))
     header = ["method", "column", "a paper says", "other papers say", "we measured"]
-    parts.append(f"## Where papers print unlike numbers for one cell\n\n{markdown(header, _differing(library), 5)}")
-    if library.skipped:
-        parts.append(f"Left out, not readable as records of these tables: {', '.join(library.skipped)}.\n")
-    return "\n".join(parts)
-
-
-def _latex_text(text: str) -> str:
-    start, mark = GREY.split("%s")
-    plain, found, rest = text.partition(start)
-    if not found:
-        return escape(text)
-    bare = rest.removesuffix(mark).replace(r"\pm", "±")
-    return rf"{escape(plain)}\textcolor{{gray}}{{{escape(bare)}}}{escape('†')}"
+    title = "Where papers print unlike numbers for one cell"
+    left_out = [f"Left out, not readable as records of these tables: {', '.join(library.skipped)}."]
+    notes = left_out if library.skipped else []
+    sections.append(Section("differing", title, header, _differing(library), 5, "", notes))
+    return Page("papers", Section("about", "The papers' tables", (), (), notes=LEGEND), sections)
 
 
 def latex(library: Library) -> str:
     """A LaTeX table for each of the papers', for \\usepackage{xcolor} beside what every table needs."""
-    parts = ["% grey cells need \\usepackage{xcolor}\n"]
+    parts = [NEEDS_XCOLOR]
     for table in library.shown:
         body: list[str] = []
         rows = _rows(library, table)
@@ -174,7 +162,7 @@ def latex(library: Library) -> str:
             body += [r"\addlinespace"] if body else []
             for place, line in enumerate(_lines(row, found)):
                 name = line[0] if place == 0 else ""
-                body.append(" & ".join(map(_latex_text, [name, *line[1:]])) + r" \\")
+                body.append(latex_line([name, *line[1:]]))
         notes = [*LEGEND, *_notes(library, table, [found for _, found in rows])]
         header = ["method", "number", *table.columns]
         parts.append(latex_table(header, body, table.title, table.key.replace("_", "-"), notes))

@@ -17,7 +17,9 @@ from experiments.report.flags import flags
 from experiments.report.grid import Cell, Grid, build_grid, in_order
 from experiments.report.loading import Entry, Plan
 from experiments.report.page import records
-from experiments.report.tables import cell_text, markdown, status
+from experiments.report.sections import Page, Section
+from experiments.report.tables import cell_text, status
+from experiments.report.traced import Traced
 
 PROTOCOLS = ("common", "lora_ga", "lora_one", "lora_pro")
 CSV_HEADER = ("task", "metric", "method", "protocol", "status", "mean", "std", "n", "in_block", "unit")
@@ -148,7 +150,10 @@ def _title(column: Column) -> str:
 
 
 def _body(table: Scores) -> list[list[str]]:
-    return [[label, *map(cell_text, cells.values())] for label, cells in table.cells.items()]
+    return [
+        [label, *(Traced(cell_text(cell), cell.entries) for cell in cells.values())]
+        for label, cells in table.cells.items()
+    ]
 
 
 def notes(grids: Mapping[str, Grid], skipped: Sequence[str]) -> list[str]:
@@ -158,16 +163,16 @@ def notes(grids: Mapping[str, Grid], skipped: Sequence[str]) -> list[str]:
     return shared + [f"{name}: {flag}" for name, found in each.items() for flag in found if flag not in shared]
 
 
-def page(title: str, grids: Mapping[str, Grid], planned: Sequence[str], skipped: Sequence[str]) -> str:
-    """The Markdown page: a table and its summary for each metric, notes, and the file behind each cell."""
-    parts = [f"# {title}\n\nMean ± sample std over n seeds; the same trained model in every column of a line.\n"]
-    for table in scores(grids):
-        listed = "\n".join(f"- {line}" for line in summary_lines(table))
-        rows = markdown(["method", *table.protocols], _body(table))
-        parts.append(f"## {_title(table.column)}, in {table.column.unit.words}\n\n{rows}\n{listed}\n")
-    parts.append("## Notes\n\n" + "\n".join(f"- {note}" for note in [*planned, *notes(grids, skipped)]) + "\n")
-    parts += [f"## Records scored under {name}\n\n{records(grid)}" for name, grid in grids.items()]
-    return "\n".join(parts)
+def page(name: str, title: str, grids: Mapping[str, Grid], planned: Sequence[str], skipped: Sequence[str]) -> Page:
+    """A table and its summary for each metric, notes, and the file behind each cell."""
+    about = "Mean ± sample std over n seeds; the same trained model in every column of a line."
+    sections = []
+    for number, table in enumerate(scores(grids), start=1):
+        heading, header = f"{_title(table.column)}, in {table.column.unit.words}", ["method", *table.protocols]
+        sections.append(Section(f"scores-{number}", heading, header, _body(table), 1, "", summary_lines(table)))
+    sections.append(Section("notes", "Notes", (), (), notes=[*planned, *notes(grids, skipped)]))
+    sections += [records(grid, f"records-{under}", f"Records scored under {under}") for under, grid in grids.items()]
+    return Page(name, Section("about", title, (), (), legend=about), sections)
 
 
 def csv_text(grids: Mapping[str, Grid]) -> str:

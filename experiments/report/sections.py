@@ -1,4 +1,4 @@
-"""A table below the main one, in the three forms: Markdown for the page, LaTeX, and lines of a long CSV."""
+"""A page and its tables, from which Markdown and HTML are made; the tables below the main one as LaTeX and long CSV."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from experiments.report.exports import csv_lines, latex_line, latex_table
 from experiments.report.tables import markdown
+from experiments.report.traced import Traced
 
 CSV_HEADER = ("table", "row", "quantity", "value")
 
@@ -24,23 +25,42 @@ class Section:
     notes: Sequence[str] = ()
     pictures: Sequence[str] = ()
 
-    def page(self, folder: str) -> str:
+    def markdown(self, folder: str, level: int = 2) -> str:
         """Markdown; `folder` is where the pictures are, seen from the page."""
-        parts = [f"## {self.title}\n"]
+        parts = [f"{'#' * level} {self.title}\n"]
         parts += [f"{self.legend}\n"] if self.legend else []
-        parts += [markdown(self.header, self.body, self.words)] if self.body else []
+        body = [[f"**{text}**" if is_best(text) else text for text in line] for line in self.body]
+        parts += [markdown(self.header, body, self.words)] if body else []
         parts += ["\n".join(f"- {note}" for note in self.notes) + "\n"] if self.notes else []
         pictures = "\n".join(f"![{name}]({folder}/{name}.png)" for name in self.pictures)
         parts += [f"{pictures}\n"] if pictures else []
         return "\n".join(parts)
 
 
+@dataclass(frozen=True)
+class Page:
+    """All that is said of an experiment: what stands under its title, with the main table if any, then the rest."""
+
+    name: str
+    opening: Section
+    sections: Sequence[Section]
+
+    def markdown(self) -> str:
+        """As it lies in tables/, beside figures/."""
+        below = (section.markdown("../figures") for section in self.sections)
+        return "\n".join([self.opening.markdown("../figures", level=1), *below])
+
+
+def is_best(text: str) -> bool:
+    return isinstance(text, Traced) and text.best
+
+
 def latex(sections: Iterable[Section], caption: str, label: str) -> str:
-    """The tables as LaTeX, one after another; bold is of Markdown alone."""
+    """The tables as LaTeX, one after another."""
     parts = []
     for section in sections:
         if section.body:
-            body = [latex_line([text.replace("**", "") for text in line]) for line in section.body]
+            body = [latex_line(line) for line in section.body]
             notes = [text for text in (section.legend, *section.notes) if text]
             title, key = f"{caption}: {section.title}", f"{label}-{section.key}"
             parts.append(latex_table(section.header, body, title, key, notes, section.words))
@@ -54,5 +74,5 @@ def csv_text(sections: Iterable[Section]) -> str:
         for line in section.body:
             row = " | ".join(line[: section.words])
             numbers = zip(section.header[section.words :], line[section.words :], strict=True)
-            rows += [[section.key, row, quantity, text.replace("**", "")] for quantity, text in numbers]
+            rows += [[section.key, row, quantity, text] for quantity, text in numbers]
     return csv_lines([CSV_HEADER, *rows])

@@ -16,6 +16,7 @@ from experiments.report.loading import Entry
 from experiments.report.sections import Section
 from experiments.report.statistics import Summary, summarise
 from experiments.report.tables import NOT_RUN, summary_text
+from experiments.report.traced import Traced
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Curve:
     held: float | None
     label: str
     points: Mapping[float, Summary]
+    runs: Mapping[float, Sequence[Entry]]
 
 
 def _column(grid: Grid, task: str) -> Column:
@@ -70,7 +72,7 @@ def curves(rows: Sequence[Row], column: Column, dial: Dial) -> list[Curve]:
         if len(points) > 1:
             several = sum(other == method for other, _ in runs) > 1
             label = f"{method} ({held:g})" if several and held is not None else method
-            found.append(Curve(method, held, label, points))
+            found.append(Curve(method, held, label, points, by_value))
     return found
 
 
@@ -86,7 +88,7 @@ def _body(found: Sequence[Curve], column: Column, dial: Dial, values: Sequence[f
         for value in values:
             known = curve.points.get(value)
             text = summary_text(known, column.unit) if known else NOT_RUN
-            texts.append(f"**{text}**" if known and value == _best(curve, column) else text)
+            texts.append(Traced(text, curve.runs.get(value, ()), best=value == _best(curve, column)))
         body.append([curve.label, column.task, *texts])
     return body
 

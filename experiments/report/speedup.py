@@ -13,6 +13,7 @@ from experiments.report.flags import machine
 from experiments.report.grid import Cell, Grid
 from experiments.report.loading import Entry
 from experiments.report.sections import Section
+from experiments.report.traced import traced
 
 AXES = {"steps": STEPS, "tokens": TOKENS, "seconds": SECONDS}
 
@@ -81,7 +82,8 @@ def speedup(grid: Grid) -> Section | None:
             if pairs:
                 used[f"{row.label} {task}"] = pairs
                 ratios = [[ratio(*pair, axis) for pair in pairs if _comparable(pair, axis)] for axis in AXES.values()]
-                body.append([row.label, task, *map(speedup_text, ratios)])
+                runs = [entry for pair in pairs for entry in pair]
+                body.append([row.label, task, *traced(map(speedup_text, ratios), runs)])
     if not body:
         return None
     header = ["method", "task", *(f"fewer {words}" for words in AXES)]

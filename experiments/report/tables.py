@@ -9,8 +9,11 @@ from experiments.report.columns import PERCENT, Column, Unit
 from experiments.report.grid import Cell, Grid, Row
 from experiments.report.published import AVERAGE, Printed, PublishedRow
 from experiments.report.statistics import Summary
+from experiments.report.traced import Traced
 
 NOT_RUN = "not run"
+# Around what memory alone vouches for, in any text; private-use characters, for which each form puts its own grey.
+GREY, GREY_END = "\ue000", "\ue001"
 
 
 @dataclass(frozen=True)
@@ -89,11 +92,16 @@ def _difference_text(table: MainTable, row: Row, column: Column) -> str:
 
 def _baseline_line(table: MainTable, row: Row) -> Line:
     columns = table.grid.columns
-    texts = [_difference_text(table, row, column) for column in columns]
+    behind = {
+        column: [*row.cells[column].entries, *(other.entries if (other := baseline_cell(table, row, column)) else ())]
+        for column in columns
+    }
+    texts = [Traced(_difference_text(table, row, column), behind[column]) for column in columns]
     if table.grid.averaged:
         values = [difference(table, row, column) for column in columns]
         known = [value for value in values if value is not None]
-        texts.append(PERCENT.signed(sum(known) / len(known)) if known and len(known) == len(values) else "—")
+        mean = PERCENT.signed(sum(known) / len(known)) if known and len(known) == len(values) else "—"
+        texts.append(Traced(mean, [entry for entries in behind.values() for entry in entries]))
     return Line(row.label, "minus baseline", tuple(texts))
 
 
@@ -106,11 +114,15 @@ def published_text(table: MainTable, paper: PublishedRow, column: Column) -> str
 
 
 def printed_text(cell: Printed) -> str:
-    """A paper's number; † where memory alone vouches for it (or for its std)."""
+    """A paper's number; grey with † where memory alone vouches for it (or for its std)."""
     if cell.mean is None:
         return "—"
-    spread = f" ± {cell.std:.2f}" if cell.std is not None else ""
-    return f"{cell.mean:.2f}{spread}" + ("†" if cell.from_memory or (spread and cell.std_from_memory) else "")
+    spread = f"± {cell.std:.2f}" if cell.std is not None else ""
+    if cell.from_memory:
+        return f"{GREY}{f'{cell.mean:.2f} {spread}'.rstrip()}{GREY_END}†"
+    if spread and cell.std_from_memory:
+        return f"{cell.mean:.2f} {GREY}{spread}{GREY_END}†"
+    return f"{cell.mean:.2f} {spread}".rstrip()
 
 
 def headings(table: MainTable) -> list[str]:
@@ -124,21 +136,30 @@ def lines(table: MainTable) -> list[Line]:
     grid, result = table.grid, []
     shown = (*grid.columns, *([AVERAGE] if grid.averaged else []))
     for position, row in enumerate(grid.rows):
-        texts = [cell_text(cell) for cell in row.cells.values()]
+        texts = [Traced(cell_text(cell), cell.entries) for cell in row.cells.values()]
         if grid.averaged:
-            texts.append(summary_text(row.average) if row.average else "—")
+            texts.append(Traced(summary_text(row.average) if row.average else "—", row.entries))
         result.append(Line(row.label, "ours", tuple(texts)))
         if table.baseline is not None and table.baseline.entries:
             result.append(_baseline_line(table, row))
         if not any(other.method == row.method for other in grid.rows[position + 1 :]):
             for paper in (paper for paper in table.published if paper.method == row.method):
-                texts = [published_text(table, paper, column) for column in shown]
-                result.append(Line(row.method, f"{paper.title} [{', '.join(paper.source)}]", tuple(texts)))
+                printed = (published_text(table, paper, column) for column in shown)
+                result.append(Line(row.method, f"{paper.title} [{', '.join(paper.source)}]", tuple(printed)))
     return result
+
+
+def _markdown_text(text: str) -> str:
+    """One line without bars; grey as GitHub shows it, in a formula."""
+    shown, *grey = " ".join(text.split()).replace("|", r"\|").split(GREY)
+    for part in grey:
+        number, _, after = part.partition(GREY_END)
+        shown += r"$\color{gray}{" + number.replace("±", r"\pm") + "}$" + after
+    return shown
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
     """A Markdown table, its first `words` columns left-aligned; a bar or line break in a cell cannot break it."""
-    clean = [[" ".join(text.split()).replace("|", "\\|") for text in row] for row in (header, *rows)]
+    clean = [[_markdown_text(text) for text in row] for row in (header, *rows)]
     rule = [":---"] * words + ["---:"] * (len(header) - words)
     return "\n".join("| " + " | ".join(row) + " |" for row in (clean[0], rule, *clean[1:])) + "\n"

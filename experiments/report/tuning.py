@@ -15,6 +15,7 @@ from experiments.report.comparison import BASE
 from experiments.report.grid import METHODS, Grid, in_order, rate_text
 from experiments.report.loading import Entry, Plan
 from experiments.report.sections import Section
+from experiments.report.traced import Traced
 
 VALIDATION = "validation"
 
@@ -122,6 +123,9 @@ class Shrinkage:
     value: float
     base_shared: float | None
     base_tuned: float
+    runs: tuple[Entry, ...]
+    base_runs_shared: tuple[Entry, ...]
+    base_runs_tuned: tuple[Entry, ...]
 
     @property
     def sign(self) -> int:
@@ -169,7 +173,9 @@ def shrinkages(found: Sequence[Search]) -> list[Shrinkage]:
             value, tuned = search.mean(metric, search.best), base.mean(metric, base.best)
             if value is not None and tuned is not None:
                 shared = base.mean(metric, search.best)
-                result.append(Shrinkage(search.method, metric, search.best, base.best, value, shared, tuned))
+                numbers = (search.best, base.best, value, shared, tuned)
+                behind = (search.runs[search.best], base.runs.get(search.best, ()), base.runs[base.best])
+                result.append(Shrinkage(search.method, metric, *numbers, *behind))
     return result
 
 
@@ -183,9 +189,16 @@ def shrinkage(found: Sequence[Search], name: str) -> Section | None:
         known = unit(line.metric)
         there = "not run" if line.base_shared is None else known.text(line.base_shared)
         shared = "—" if line.shared is None else known.signed(line.shared)
-        rates = [rate_text(line.rate), rate_text(line.base_rate)]
-        numbers = [known.text(line.value), there, shared, known.text(line.base_tuned), known.signed(line.tuned)]
-        body.append([line.method, line.metric, *rates, *numbers])
+        cells = (
+            (rate_text(line.rate), line.runs),
+            (rate_text(line.base_rate), line.base_runs_tuned),
+            (known.text(line.value), line.runs),
+            (there, line.base_runs_shared),
+            (shared, (*line.runs, *line.base_runs_shared)),
+            (known.text(line.base_tuned), line.base_runs_tuned),
+            (known.signed(line.tuned), (*line.runs, *line.base_runs_tuned)),
+        )
+        body.append([line.method, line.metric, *(Traced(text, runs) for text, runs in cells)])
     header = ["method", "metric", "its rate", "LoRA's rate", "method", "LoRA at the method's rate", "advantage"]
     header += ["LoRA at its own rate", "advantage left"]
     seeds = _numbers([len(runs) for search in found for runs in search.runs.values()])

@@ -1,6 +1,7 @@
 """Proves the sections below the main table on seeded records with known effects."""
 
 import csv
+import re
 from typing import Any
 
 import numpy as np
@@ -191,7 +192,8 @@ def test_rates_and_ranks(search: Any, generative: Any) -> None:
     section, figures = sensitivity(grid_of(search("lora", LOSSES, seeds=2)), "toy", RATE)
     assert section is not None and list(figures) == ["toy-rates"]
     assert list(section.header) == ["method", "task", "1e-4", "1e-3", "3e-3"]
-    assert section.body[0][3] == "**0.5000 ± 0.0000 (n=2)**"
+    assert section.body[0][3] == "0.5000 ± 0.0000 (n=2)" and len(section.body[0][3].entries) == 2
+    assert re.findall(r"\*\*.*?\*\*", section.markdown("figures")) == ["**0.5000 ± 0.0000 (n=2)**"]
     made = []
     for rank, loss in ((8, 0.6), (32, 0.5)):
         one = generative("lora", 0, {"held_out_loss": loss}, run_id=f"r{rank}")
@@ -200,7 +202,7 @@ def test_rates_and_ranks(search: Any, generative: Any) -> None:
     grid = grid_of(made)
     assert [row.label for row in grid.rows] == ["lora (rank 8)", "lora (rank 32)"]
     ranks, pictures = sensitivity(grid, "toy", RANK)
-    assert ranks is not None and list(ranks.body) == [["lora", "problems", "0.6000 (n=1)", "**0.5000 (n=1)**"]]
+    assert ranks is not None and list(ranks.body) == [["lora", "problems", "0.6000 (n=1)", "0.5000 (n=1)"]]
     assert list(pictures) == ["toy-ranks"]
     assert sensitivity(grid_of(made[:1]), "toy", RANK) == (None, {})
 

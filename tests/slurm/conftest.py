@@ -98,27 +98,12 @@ def leave_record() -> Callable[..., None]:
     return leave
 
 
-def _install() -> str | None:
-    """Install what a node needs, if it is missing; returns why it cannot be had."""
-    if os.geteuid() != 0:
-        return "a node's daemon needs root"
-    if all(shutil.which(name) for name in ("slurmctld", "slurmd", "munged", "mungekey")):
-        return None
-    if not shutil.which("apt-get"):
-        return "slurm-wlm and munge are missing, and there is no apt-get to install them"
-    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    for words in (["update"], ["install", "--yes", "--no-install-recommends", "slurm-wlm", "munge"]):
-        answer = subprocess.run(["apt-get", *words], env=environment, capture_output=True, text=True, check=False)
-        if answer.returncode:
-            return f"apt-get {words[0]} failed: {answer.stderr.strip().splitlines()[-1]}"
-    return None
-
-
 @pytest.fixture(scope="session")
-def node() -> Iterator[None]:
+def node(debian: Callable[..., None]) -> Iterator[None]:
     """A real SLURM of one node, which every command of the session's tests uses."""
-    if reason := _install():
-        pytest.skip(reason)
+    if os.geteuid() != 0:
+        pytest.skip("a node's daemon needs root")
+    debian("slurm-wlm", "munge", commands=("slurmctld", "slurmd", "munged", "mungekey"))
     folder = Path(tempfile.mkdtemp(prefix="one-node-"))
     folder.chmod(0o755)  # munge's socket has to be within everybody's reach
     script = Path(__file__).with_name("one_node.py")
