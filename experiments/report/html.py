@@ -82,5 +82,5 @@ def html(pages: Sequence[Page], out: Path) -> str:
     environment = Environment(
         loader=FileSystemLoader(WEB), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"cell": partial(_cell, out=out), "picture": partial(_picture, out=out), "grey": _grey}
+    environment.filters |= {"cell": partial(_cell, out=out), "picture": partial(_picture, out=out)}
     return environment.get_template("report.html.jinja").render(pages=pages)
