@@ -236,6 +236,7 @@ def parse(raw: Mapping[str, Any]) -> RunConfig:
         config.eval.judge.check()
     config.model.check()
     config.train.check()
+    config.gradient.check()
     check_engine(config, config.launcher)
     unknown = set(config.eval.benchmarks or ()) - set(config.task.benchmarks)
     if unknown:

@@ -50,7 +50,7 @@ def execute(config: RunConfig, record: RunRecord, rows: Rows, stopping: Stopping
 def start(config: RunConfig, record: RunRecord, loaded: Loaded, encoded: Encoded) -> nn.Module:
     """The model with the method's parameters at their start, held to what the method promises of it."""
     gradients = Gradients(config, loaded, encoded)
-    probe = gradients.batches()[0]
+    probe = gradients.batches()[0][0]
     before, loss_before = at_start(config, loaded.model, probe)
     started = time.perf_counter()
     setup = Setup(

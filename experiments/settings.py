@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import NonNegativeInt, PositiveInt
 
 from eval.decoding import Decoding
 from eval.judge import JudgeSettings
 from lora_ga.data.selection import RowRule
+from lora_ga.errors import SetupError
+from lora_ga.low_rank import Accumulator, Exact, Incremental, Sketch
+from lora_ga.models import DTYPES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,12 +123,40 @@ class Protocol:
 
 @dataclass(frozen=True, kw_only=True)
 class GradientSettings:
-    """The rows behind the one-step gradient: the first batch_size x batches of the training set."""
+    """The rows behind the one-step gradient, the first batch_size x batches in training, and what is kept of it.
+
+    `mode` and the keys that belong to it are explained in lora_ga/low_rank.py.
+    """
 
     batch_size: PositiveInt
     batches: PositiveInt
+    rows_at_once: PositiveInt | None
     dropout: bool
     cache: bool
+    mode: Literal["exact", "incremental", "sketch"]
+    device: Literal["cpu", "model"]
+    dtype: Literal["float32", "bfloat16"]
+    power_iterations: NonNegativeInt
+    passes: PositiveInt
+
+    def check(self) -> None:
+        """Refuse what cannot be accumulated."""
+        if self.passes % 2:
+            raise SetupError(f"train.gradient.passes={self.passes}: a sketch takes pairs of passes, use 2, 4, ...")
+
+    def kept(self, k: int) -> list[Any]:
+        """What decides the accumulation, for the record and the cache's key."""
+        if self.mode == "exact":
+            return [self.mode, self.dtype]
+        return [self.mode, k, self.power_iterations if self.mode == "incremental" else self.passes]
+
+    def accumulator(self, k: int) -> Accumulator:
+        """A fresh one, which keeps k directions if it does not keep whole matrices."""
+        if self.mode == "incremental":
+            return Incremental(k, power_iterations=self.power_iterations)
+        if self.mode == "sketch":
+            return Sketch(k, passes=self.passes)
+        return Exact("cpu" if self.device == "cpu" else None, DTYPES[self.dtype])
 
 
 @dataclass(frozen=True, kw_only=True)

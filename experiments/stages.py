@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import datetime
 import logging
+import math
 import platform
 import resource
 import sys
@@ -29,6 +30,7 @@ from lora_ga.engines import device, gather, is_main, largest, world_size
 from lora_ga.errors import REQUEUE
 from lora_ga.gradients import cached_gradients, estimate_gradients
 from lora_ga.losses import held_out_loss, mean_token_loss, scored_logits
+from lora_ga.low_rank import Gradient
 from lora_ga.models import Loaded
 from lora_ga.records import RunRecord, capture_environment, content_hash, record_name, write_record
 from lora_ga.training import Diverged, Resume, Stopped, adapter_report, train
@@ -48,30 +50,44 @@ class Gradients:
     encoded: Encoded
     report: dict[str, Any] = field(default_factory=dict)
 
-    def batches(self) -> list[dict[str, torch.Tensor]]:
-        """The first batch_size x batches training rows, unshuffled, as in the papers' code."""
-        settings = self.config.gradient
-        size = settings.batch_size
-        taken = self.encoded.train.rows[: size * settings.batches]
-        batches = [self.encoded.collator(taken[i : i + size]) for i in range(0, len(taken), size)]
-        return [{key: value.to(device()) for key, value in batch.items()} for batch in batches]
+    def batches(self) -> tuple[list[dict[str, torch.Tensor]], list[float]]:
+        """The first batch_size x batches training rows, unshuffled, as in the papers' code, and what each batch weighs.
 
-    def __call__(self) -> dict[str, torch.Tensor]:
+        A batch that is computed in parts of rows_at_once has rows of like length in each, weighing what their scored
+        tokens are of the batch's: its gradient is the same.
+        """
+        settings = self.config.gradient
+        size, at_once = settings.batch_size, settings.rows_at_once or settings.batch_size
+        rows = self.encoded.train.rows[: size * settings.batches]
+        parts, shares = [], []
+        for first in range(0, len(rows), size):
+            batch = rows[first : first + size]
+            if at_once < size:
+                batch = sorted(batch, key=lambda row: len(row.prompt) + len(row.target))
+            scored = sum(len(row.target) for row in batch)
+            for start in range(0, len(batch), at_once):
+                part = batch[start : start + at_once]
+                parts.append({key: value.to(device()) for key, value in self.encoded.collator(part).items()})
+                shares.append(sum(len(row.target) for row in part) / scored)
+        return parts, [share / math.ceil(len(rows) / size) for share in shares]
+
+    def __call__(self, k: int) -> dict[str, Gradient]:
         config, settings = self.config, self.config.gradient
         layers = target_linears(self.loaded.model, config.model.target_modules)
-        batches = self.batches()
+        batches, shares = self.batches()
         key = {
             "model": self.loaded.identity,
             "rows": content_hash([batch["input_ids"].tolist() + batch["labels"].tolist() for batch in batches], 24),
             "dtype": [config.model.dtype, config.train.autocast, config.model.attn_implementation],
-            "batch_shape": [settings.batch_size, settings.batches],
+            "batch_shape": [settings.batch_size, settings.batches, settings.rows_at_once],
             "dropout": settings.dropout,
             "dropout_seed": [DROPOUT_SEED, "per batch"],
+            "kept": settings.kept(k),
             "targets": list(layers),
             "torch": torch.__version__,
         }
 
-        def estimate() -> dict[str, torch.Tensor]:
+        def estimate() -> dict[str, Gradient]:
             return estimate_gradients(
                 self.loaded.model,
                 batches,
@@ -79,6 +95,8 @@ class Gradients:
                 lambda model, batch: mean_token_loss(model, batch, config.train.autocast_dtype),
                 seed=DROPOUT_SEED,
                 dropout=settings.dropout,
+                shares=shares,
+                accumulator=settings.accumulator(k),
             )
 
         gradients, cached = cached_gradients(key, cache_folder("gradients") if settings.cache else None, estimate)

@@ -158,6 +158,15 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def from_ranks(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Every rank's `tensor`, all of one shape, in the order of ranks."""
+    if world_size() == 1:
+        return [tensor]
+    found = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(found, tensor.contiguous())
+    return found
+
+
 def any_rank(flag: bool) -> bool:
     """Whether `flag` is true on some rank; every rank must ask."""
     return bool(sum_over_ranks(torch.tensor(int(flag), device=device())).item())

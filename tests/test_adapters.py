@@ -57,7 +57,7 @@ def logits(model, batch):
 
 
 def setup_for(model, targets, batches, full_precision=True):
-    def gradients():
+    def gradients(k):
         layers = target_linears(model, targets)
         return estimate_gradients(model, batches, layers, mean_token_loss, seed=0, dropout=False)
 

@@ -80,7 +80,7 @@ def trained(random_rows, collators, tmp_path_factory):
             batches = [collators["causal"](random_rows(4, seed)) for seed in (1, 2)]
             setup = Setup(
                 target_modules=config.model.target_modules,
-                gradients=lambda: estimate_gradients(base, batches, layers, mean_token_loss, seed=0),
+                gradients=lambda k: estimate_gradients(base, batches, layers, mean_token_loss, seed=0),
                 seed=1,
                 total_steps=STEPS,
                 full_precision=full_precision,

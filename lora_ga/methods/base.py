@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from lora_ga.engines import Engine
+from lora_ga.low_rank import Gradient
 from lora_ga.optim.steps import AdamW, Steps
 
 
@@ -22,12 +23,12 @@ from lora_ga.optim.steps import AdamW, Steps
 class Setup:
     """What a start may ask for.
 
-    `gradients()` estimates (or reads from the cache) name -> G (d_out, d_in); `full_precision` says that the forward
-    pass will compute in float32 (no autocast).
+    `gradients(k)` estimates (or reads from the cache) name -> G (d_out, d_in), whole or the k leading directions of it;
+    `full_precision` says that the forward pass will compute in float32 (no autocast).
     """
 
     target_modules: tuple[str, ...]
-    gradients: Callable[[], dict[str, torch.Tensor]]
+    gradients: Callable[[int], dict[str, Gradient]]
     seed: int
     total_steps: int
     full_precision: bool = True

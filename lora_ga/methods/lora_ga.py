@@ -17,6 +17,7 @@ from torch import nn
 from lora_ga.adapters import adapter_pairs, attach_lora, keep_function, set_factors
 from lora_ga.engines import whole
 from lora_ga.errors import SetupError
+from lora_ga.low_rank import Gradient, LowRank
 from lora_ga.methods.base import Setup
 from lora_ga.methods.lora import Lora
 from lora_ga.methods.svd import TruncatedSVD
@@ -26,7 +27,7 @@ Scale = Literal["stable", "unit", "gd", "weight_svd"]
 
 
 def lora_ga_directions(
-    G: torch.Tensor, r: int, direction: Direction, *, svd: TruncatedSVD, generator: torch.Generator
+    G: Gradient, r: int, direction: Direction, *, svd: TruncatedSVD, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Unscaled lora_A (r, d_in) and lora_B (d_out, r) from the 2r leading singular directions of G (d_out, d_in).
 
@@ -35,7 +36,8 @@ def lora_ga_directions(
     if direction == "gaussian":
         A = torch.randn(r, G.shape[1], generator=generator, dtype=torch.float64) / G.shape[1] ** 0.5
         B = torch.randn(G.shape[0], r, generator=generator, dtype=torch.float64) / G.shape[0] ** 0.5
-        return A.to(G), B.to(G)
+        like = G.left if isinstance(G, LowRank) else G
+        return A.to(like), B.to(like)
     U, _, Vh = svd(G, 2 * r)
     columns = {
         "ArB2r": (torch.arange(r), torch.arange(r, 2 * r)),
@@ -50,7 +52,7 @@ def lora_ga_directions(
 
 
 def lora_ga_factors(
-    G: torch.Tensor,
+    G: Gradient,
     r: int,
     scaling: float,
     *,
@@ -111,9 +113,9 @@ class LoraGA(Lora):
         return 2 * self.r
 
     def prepare(self, model: nn.Module, setup: Setup) -> nn.Module:
-        gradients = setup.gradients()
-        model = attach_lora(model, self.peft_config(setup), setup.seed)
         svd = TruncatedSVD(self.svd_oversampling, self.svd_niter, setup.seed)
+        gradients = setup.gradients(svd.columns(2 * self.r))
+        model = attach_lora(model, self.peft_config(setup), setup.seed)
         generator = torch.Generator().manual_seed(setup.seed)
         for pair in adapter_pairs(model):
             with whole([pair.base.weight] if self.scale == "weight_svd" else []):

@@ -16,13 +16,14 @@ import torch
 from torch import nn
 
 from lora_ga.adapters import adapter_pairs, attach_lora, set_factors
+from lora_ga.low_rank import Gradient
 from lora_ga.methods.base import Setup
 from lora_ga.methods.lora import Lora
 from lora_ga.methods.svd import TruncatedSVD
 
 
 def lora_one_factors(
-    G: torch.Tensor, r: int, *, stable_gamma: float = 128.0, svd: TruncatedSVD | None = None
+    G: Gradient, r: int, *, stable_gamma: float = 128.0, svd: TruncatedSVD | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """lora_A (r, d_in), lora_B (d_out, r) with lora_B lora_A = -[G]_r / (gamma sigma_1) for G (d_out, d_in)."""
     U, S, Vh = (svd or TruncatedSVD(4, 16))(-G, r)
@@ -42,9 +43,9 @@ class LoraOne(Lora):
     needs_gradients: ClassVar[bool] = True
 
     def prepare(self, model: nn.Module, setup: Setup) -> nn.Module:
-        gradients = setup.gradients()
-        model = attach_lora(model, self.peft_config(setup), setup.seed)
         svd = TruncatedSVD(self.svd_oversampling, self.svd_niter, setup.seed)
+        gradients = setup.gradients(svd.columns(self.r))
+        model = attach_lora(model, self.peft_config(setup), setup.seed)
         for pair in adapter_pairs(model):
             set_factors(pair, *lora_one_factors(gradients[pair.name], self.r, stable_gamma=self.stable_gamma, svd=svd))
         return model

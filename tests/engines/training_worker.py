@@ -19,6 +19,7 @@ from lora_ga.data.encoding import Collator, EncodedRow, EncodedRows
 from lora_ga.engines import Engine, joined, rank, runnable
 from lora_ga.gradients import estimate_gradients
 from lora_ga.losses import mean_token_loss
+from lora_ga.low_rank import Gradient, Incremental
 from lora_ga.methods.adalora import AdaLora
 from lora_ga.methods.base import Setup
 from lora_ga.methods.full_ft import FullFinetune
@@ -106,6 +107,7 @@ def training(
     autocast: str | None = None,
     dropout: float = 0.0,
     epochs: int = 1,
+    incremental: bool = False,
 ) -> dict[str, Any]:
     """Train one method; everything a test compares."""
     unset_hf_deepspeed_config()  # of the training before this one
@@ -115,8 +117,9 @@ def training(
     batches = [collator(data[i : i + 3]) for i in range(0, 9, 3)]  # three of them, for two ranks
     layers = target_linears(model, TARGETS[architecture])
 
-    def gradients() -> dict[str, torch.Tensor]:
-        return estimate_gradients(model, batches, layers, mean_token_loss, seed=0)
+    def gradients(k: int) -> dict[str, Gradient]:
+        kept = Incremental(k) if incremental else None
+        return estimate_gradients(model, batches, layers, mean_token_loss, seed=0, accumulator=kept)
 
     with runnable(model, engine):
         setup = Setup(target_modules=TARGETS[architecture], gradients=gradients, seed=0, total_steps=4 * epochs)

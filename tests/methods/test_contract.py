@@ -46,7 +46,7 @@ def prepared(random_rows, collators):
         layers = target_linears(base, config.model.target_modules)
         setup = Setup(
             target_modules=config.model.target_modules,
-            gradients=lambda: estimate_gradients(base, batches, layers, mean_token_loss, seed=0),
+            gradients=lambda k: estimate_gradients(base, batches, layers, mean_token_loss, seed=0),
             seed=config.seeds.adapter,
             total_steps=10,
             full_precision=full_precision,
