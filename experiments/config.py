@@ -19,6 +19,7 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
+from transformers.utils import is_flash_attn_2_available
 
 from eval.decoding import Decoding
 from eval.vllm_engine import require_vllm
@@ -37,8 +38,9 @@ from experiments.settings import (
     Seeds,
     Task,
 )
-from lora_ga.engines import Engine
+from lora_ga.engines import Engine, device
 from lora_ga.errors import SetupError
+from lora_ga.hardware import AUTO, choose, has_bf16
 from lora_ga.methods.base import Method
 from lora_ga.models import ModelSpec
 from lora_ga.optim.steps import Steps
@@ -181,7 +183,9 @@ def _protocol(raw: Mapping[str, Any], where: str) -> Protocol:
 
 
 def require_means(config: RunConfig) -> None:
-    """SetupError unless the benchmarks' engine is installed and the programs they would run are allowed."""
+    """SetupError unless attention and the benchmarks' engine are installed and the programs they would run allowed."""
+    if config.model.attn_implementation == "flash_attention_2" and not is_flash_attn_2_available():
+        raise SetupError("model.attn_implementation=flash_attention_2 needs a GPU and pip install flash-attn: use sdpa")
     if config.benchmarks and config.eval.engine == "vllm":
         require_vllm()
     code = [name for name, benchmark in config.benchmarks.items() if benchmark.kind == "code"]
@@ -205,8 +209,26 @@ def check_engine(config: RunConfig, engine: Engine) -> None:
         )
 
 
+def _chosen(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`raw` with each `auto` replaced by what this machine's device asks for.
+
+    So ids and records hold what is computed with: machines that choose alike share runs, others do not.
+    """
+    asked = {"model": "attn_implementation", "train": "autocast"}
+    if all(raw[group].get(key) != AUTO for group, key in asked.items()):
+        return raw
+    here = device()
+    choice = choose(here.type, bf16=has_bf16(here), length=raw["task"]["max_length"])
+    settled = dict(raw)
+    for group, key in asked.items():
+        if raw[group].get(key) == AUTO:
+            settled[group] = {**raw[group], key: getattr(choice, key)}
+    return settled
+
+
 def parse(raw: Mapping[str, Any]) -> RunConfig:
     """Typed settings from a resolved configuration; SetupError, in one line, for anything wrong in it."""
+    raw = _chosen(raw)
     method = {k: v for k, v in raw["method"].items() if k != "name"}
     train = {k: v for k, v in raw["train"].items() if k != "gradient"}
     plain = build(Plain, {k: v for k, v in raw.items() if k not in GROUPS}, "")

@@ -126,8 +126,12 @@ def activations(config: RunConfig, model: Model, rows: int, *, everything: bool)
     answers = config.task.kind == "generation"
     scored = rows * (int(ANSWER_SHARE * config.task.max_length) if answers else LABEL_TOKENS)
     logits = scored * model.vocabulary * (3 * FLOAT32 + (0 if size == FLOAT32 else 2 * size))
-    casts = BFLOAT16 * model.linears if config.train.autocast and stream == FLOAT32 else 0  # kept by autocast
-    return int((model.layers + 1) * layer * tokens + logits + casts)
+    return int((model.layers + 1) * layer * tokens + logits + casts(config, model))
+
+
+def casts(config: RunConfig, model: Model) -> int:
+    """Bytes of the linears' weights in autocast's type."""
+    return BFLOAT16 * model.linears if config.train.autocast and config.model.dtype == "float32" else 0
 
 
 def _moving(config: RunConfig, model: Model) -> int:
@@ -180,7 +184,8 @@ def estimate(config: RunConfig, model: Model, launcher: str, ranks: int) -> Esti
             host, weights = host + weights, 0
     # Gradients come as activations go: both are whole at no time, but for the output layer's, which is the first.
     first = size * min(trainable, model.largest)
-    training = state + master + bucket + max(working + first, gradients + _moving(config, model))
+    kept = casts(config, model) if isinstance(method, Lora) and launcher in ("none", "ddp") else 0  # lora_ga/precast.py
+    training = state + master + bucket + max(working + first, gradients + kept + _moving(config, model))
     peak = FRAMEWORK + weights + gathered + max(training, _start(config, model))
     return Estimate(trainable, optimizer_state(config, model) // (ranks if zero or pairs else 1), peak, host)
 

@@ -38,6 +38,7 @@ from lora_ga.errors import SetupError
 
 log = logging.getLogger(__name__)
 
+ATTENTION = ("eager", "sdpa", "flash_attention_2")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -62,6 +63,13 @@ class ModelSpec:
         """Refuse, before anything is loaded, what cannot work."""
         if self.dtype not in DTYPES:
             raise SetupError(f"model.dtype={self.dtype} is unknown: use one of {', '.join(DTYPES)}")
+        if self.attn_implementation not in ATTENTION:
+            raise SetupError(
+                f"model.attn_implementation={self.attn_implementation} is unknown: use auto or one of "
+                f"{', '.join(ATTENTION)}"
+            )
+        if self.architecture == "seq2seq" and self.attn_implementation == "flash_attention_2":
+            raise SetupError("transformers has no flash attention for T5: use model.attn_implementation=sdpa or eager")
         if self.architecture == "seq2seq" and self.dtype == "float16":
             raise SetupError(
                 "T5 overflows in float16 (it was trained in bfloat16): use model.dtype=float32 or model.dtype=bfloat16"

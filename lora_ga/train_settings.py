@@ -51,7 +51,7 @@ class TrainSettings:
                 f"train.per_device_train_batch_size={self.per_device_train_batch_size}: choose a divisor"
             )
         if self.autocast not in (None, "bfloat16"):
-            raise SetupError(f"train.autocast={self.autocast} is not supported: use bfloat16 or null")
+            raise SetupError(f"train.autocast={self.autocast} is not supported: use bfloat16, auto or null")
         if self.max_steps is not None and self.max_steps < 1:
             raise SetupError(f"train.max_steps={self.max_steps}: use a positive number, or null for whole epochs")
 

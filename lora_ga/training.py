@@ -19,6 +19,7 @@ from lora_ga.data.encoding import Collator, EncodedRows
 from lora_ga.engines import Engine, gather, whole, world_size
 from lora_ga.methods.adalora import ranks
 from lora_ga.methods.base import Method
+from lora_ga.precast import precast
 from lora_ga.train_settings import TrainSettings
 from lora_ga.trainer import AfterStep, Diverged, MethodTrainer, Resume, Stopped
 
@@ -145,7 +146,8 @@ def train(
     trainer.remove_callback(PrinterCallback)
     trainer.curve, trainer.tokens = done.get("curve", []), done.get("tokens", 0)
     trainer.began = time.perf_counter() - done.get("seconds", 0.0)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with precast(model, settings.autocast_dtype if engine.kind != "deepspeed" else None):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.stopped:
         raise Stopped(f"stopped after step {trainer.state.global_step} of {steps}; the same command goes on from there")
     optimizer = trainer.moving()

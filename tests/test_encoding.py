@@ -7,12 +7,24 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import lora_ga.data.encoding
 from experiments.config import load_config
-from lora_ga.data.encoding import IGNORED, Collator, EncodedRow, EncodedRows, encode_row, encode_rows
+from lora_ga.data.encoding import (
+    IGNORED,
+    TEXTS,
+    Collator,
+    EncodedRow,
+    EncodedRows,
+    encode_row,
+    encode_rows,
+    encode_texts,
+)
 from lora_ga.models import load_tokenizer
 
 ROWS = [("the film is good\nsentiment:", "positive"), ("a dull and far too long story\nsentiment:", "negative")]
@@ -39,14 +51,14 @@ def words(extra=()):
 def cache(tmp_path, monkeypatch):
     """The token cache in a folder of its own; counts how many rows were really encoded."""
     encoded = []
-    plain = encode_row
+    plain = encode_texts
 
-    def counting(*args):
-        encoded.append(args[1])
-        return plain(*args)
+    def counting(tokenizer, rows, *args):
+        encoded.extend(rows)
+        return plain(tokenizer, rows, *args)
 
     monkeypatch.setattr(lora_ga.data.encoding, "cache_folder", tmp_path.joinpath)
-    monkeypatch.setattr(lora_ga.data.encoding, "encode_row", counting)
+    monkeypatch.setattr(lora_ga.data.encoding, "encode_texts", counting)
     return encoded
 
 
@@ -90,6 +102,77 @@ def test_truncation_keeps_the_target(subwords, length):
     short = encode_row(tokenizer, "the film is very very very very very very good", "no", "seq2seq", length)
     assert tokenizer.convert_ids_to_tokens(short.target) == ["no", "</s>"]
     assert len(short.prompt) == length and short.prompt[-1] == tokenizer.eos_token_id
+
+
+# Many rows at once
+
+
+def word_pieces(marks_start):
+    """A tokenizer in T5's and Llama 2's way: one piece a character, a mark where words start, bytes for the unknown.
+
+    `marks_start` adds Llama's first token to every text.
+    """
+    pieces = ["<s>", "</s>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", *"abcdefgh ijklmnop,.019"]
+    merges = [("\u2581", "a"), ("a", "b"), ("\u2581a", "b"), ("0", "1")]
+    vocabulary = {piece: i for i, piece in enumerate([*pieces, *(a + b for a, b in merges)])}
+    inner = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    if marks_start:
+        inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>"
+    )
+
+
+def one_by_one(tokenizer, rows, architecture, max_length):
+    """The rule of one row said plainly, with two calls of the tokenizer for each."""
+    encoded, eos = [], tokenizer.eos_token_id
+    for prompt, target in rows:
+        if architecture == "seq2seq":
+            source = tokenizer.encode(prompt, add_special_tokens=False)[: max_length - 1]
+            encoded.append(EncodedRow([*source, eos], [*tokenizer.encode(target, add_special_tokens=False), eos]))
+            continue
+        alone, whole = tokenizer.encode(prompt), tokenizer.encode(f"{prompt} {target}")
+        shared = 0
+        while shared < len(alone) and (shared >= len(whole) or alone[shared] == whole[shared]):
+            shared += 1
+        answer = [*whole[shared:], eos]
+        encoded.append(EncodedRow(whole[:shared][: max(1, max_length - len(answer))], answer))
+    return encoded
+
+
+TOKENIZERS = {"smollm2": None, "t5": word_pieces(False), "llama": word_pieces(True)}
+text = st.one_of(st.text(max_size=30), st.text(alphabet="ab 01,.", max_size=60))
+
+
+@settings(deadline=None, max_examples=60)
+@given(rows=st.lists(st.tuples(text, text), min_size=1, max_size=12), length=st.integers(2, 40))
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("architecture", ["causal", "seq2seq"])
+def test_rows_encoded_together_are_the_rows_encoded_one_by_one(subwords, name, architecture, rows, length):
+    """Any text: other scripts, emoji, line ends, empty prompts and targets, prompts that are cut."""
+    tokenizer = TOKENIZERS[name] or subwords
+    expected = one_by_one(tokenizer, rows, architecture, length)
+    assert encode_texts(tokenizer, rows, architecture, length) == expected
+    assert [encode_row(tokenizer, *row, architecture, length) for row in rows] == expected
+
+
+def test_more_rows_than_are_encoded_at_once_come_in_order(subwords):
+    rows = [(f"row {i}", str(-i)) for i in range(2 * TEXTS + 1)]
+    together = encode_rows(subwords, rows, "causal", 16, cache=False)
+    assert [subwords.decode([*row.prompt, *row.target[:-1]]) for row in together] == [
+        f"row {i} {-i}" for i in range(len(rows))
+    ]
+
+
+def test_ids_stored_by_earlier_versions_are_still_found(cache):
+    """The key and the ids of a file written before rows were encoded together."""
+    rows = [("the film is good", "yes"), ("a very bad film", "no")]
+    encode_rows(words(), rows, "seq2seq", 16)
+    (file,) = lora_ga.data.encoding.cache_folder("tokens").iterdir()
+    stored = load_file(file)
+    assert file.name == "96f16a1aae0433d0d22113bb.safetensors"
+    assert stored["ids"].tolist() == [3, 4, 5, 6, 1, 10, 1, 8, 9, 7, 4, 1, 11, 1]
 
 
 # A batch

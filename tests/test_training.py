@@ -186,7 +186,7 @@ def test_scored_logits_are_the_full_logits_at_the_labels(tiny, targets, random_r
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_loss_is_that_of_transformers(tiny, random_rows, collators, architecture):
+def test_loss_and_gradients_are_those_of_transformers(tiny, random_rows, collators, architecture):
     """Our labels are shifted already; transformers shifts a causal model's own, and T5's decoder inputs."""
     model, rows = tiny(architecture), random_rows(6)
     batch = collators[architecture](rows)
@@ -202,8 +202,13 @@ def test_the_loss_is_that_of_transformers(tiny, random_rows, collators, architec
         labels = torch.tensor([[*[IGNORED] * len(r.prompt), *r.target, *[IGNORED] * n] for r, n in zipped])
     else:
         labels = batch["labels"]
-    with torch.no_grad():
-        torch.testing.assert_close(mean_token_loss(model, batch), model(**inputs, labels=labels).loss)
+    model.requires_grad_(True)
+    parameters = list(model.parameters())
+    found, expected = mean_token_loss(model, batch), model(**inputs, labels=labels).loss
+    torch.testing.assert_close(found, expected)
+    ours, theirs = (torch.autograd.grad(loss, parameters) for loss in (found, expected))
+    assert any(gradient.abs().max() > 1e-3 for gradient in theirs)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
 # AdaLoRA and LoRA+ through the trainer

@@ -25,6 +25,7 @@ from lora_ga.records import content_hash
 
 Architecture = Literal["causal", "seq2seq"]
 IGNORED = -100
+TEXTS = 1000  # rows encoded at once: enough to keep the tokenizer's threads busy, little enough for a bar that moves
 
 
 @dataclass(frozen=True)
@@ -52,23 +53,37 @@ class EncodedRows(Dataset):
         return [len(row.prompt) + len(row.target) for row in self.rows]
 
 
-def encode_row(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, target: str, architecture: Architecture, max_length: int
-) -> EncodedRow:
-    """Encode one row; a prompt that is too long loses its end, the target is kept.
+def encode_texts(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[tuple[str, str]], architecture: Architecture, max_length: int
+) -> list[EncodedRow]:
+    """Encode (prompt, target) rows in one call; a prompt that is too long loses its end, the target is kept.
 
     The causal target is what prompt + " " + target has beyond the prompt's own tokens, so that a tokenizer that marks
     word starts sees the text a reader would.
     """
     eos = tokenizer.eos_token_id
+    prompts, targets = [prompt for prompt, _ in rows], [target for _, target in rows]
     if architecture == "seq2seq":
-        source = tokenizer(prompt, add_special_tokens=False)["input_ids"][: max_length - 1]
-        return EncodedRow([*source, eos], [*tokenizer(target, add_special_tokens=False)["input_ids"], eos])
-    alone = tokenizer(prompt)["input_ids"]
-    whole = tokenizer(f"{prompt} {target}")["input_ids"]
-    shared = next((i for i, (a, b) in enumerate(zip(alone, whole, strict=False)) if a != b), len(alone))
-    answer = [*whole[shared:], eos]
-    return EncodedRow(whole[:shared][: max(1, max_length - len(answer))], answer)
+        sources = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+        answers = tokenizer(targets, add_special_tokens=False)["input_ids"]
+        return [
+            EncodedRow([*source[: max_length - 1], eos], [*answer, eos])
+            for source, answer in zip(sources, answers, strict=True)
+        ]
+    wholes = tokenizer([f"{prompt} {target}" for prompt, target in rows])["input_ids"]
+    encoded = []
+    for alone, whole in zip(tokenizer(prompts)["input_ids"], wholes, strict=True):
+        shared = next((i for i, (a, b) in enumerate(zip(alone, whole, strict=False)) if a != b), len(alone))
+        answer = [*whole[shared:], eos]
+        encoded.append(EncodedRow(whole[:shared][: max(1, max_length - len(answer))], answer))
+    return encoded
+
+
+def encode_row(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, target: str, architecture: Architecture, max_length: int
+) -> EncodedRow:
+    """Encode one row."""
+    return encode_texts(tokenizer, [(prompt, target)], architecture, max_length)[0]
 
 
 def tokenizer_rules(tokenizer: PreTrainedTokenizerBase) -> object:
@@ -100,8 +115,11 @@ def encode_rows(
             encoded.append(EncodedRow(ids[start : start + prompt], ids[start + prompt : start + prompt + target]))
             start += prompt + target
         return encoded
-    bar = tqdm(rows, desc="tokenise", unit="row", leave=False, disable=len(rows) < 5000)
-    encoded = [encode_row(tokenizer, prompt, target, architecture, max_length) for prompt, target in bar]
+    encoded = []
+    with tqdm(total=len(rows), desc="tokenise", unit="row", leave=False, disable=len(rows) < 5000) as bar:
+        for start in range(0, len(rows), TEXTS):
+            encoded += encode_texts(tokenizer, rows[start : start + TEXTS], architecture, max_length)
+            bar.update(len(encoded) - bar.n)
     if cache:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
