@@ -1,8 +1,8 @@
 """Many prompts continued in one batch that stays full: a row that ends leaves at once, the next prompt takes its place.
 
 Scheduling by step, as in Orca (Yu et al., OSDI 2022, section 3.1), over a model's own forward and transformers' cache.
-Differs in: transformers' generate_batch ends rows at token ids alone, not at stop strings, and lays all rows into one
-sequence with a mask over every pair of their tokens, which pays only with paged attention kernels.
+Differs in: transformers' generate_batch ends rows at token ids alone, not at stop strings, and without flash attention
+its mask and scores span every pair of tokens of all rows.
 """
 
 from __future__ import annotations

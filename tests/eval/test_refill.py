@@ -111,7 +111,6 @@ def test_refill_computes_far_less_than_static_batches(countdown: LlamaForCausalL
         static(countdown, prompts, batch_size)
     with counted(countdown) as after:
         refilled(countdown, prompts, batch_size)
-    print(slots(before), slots(after), len(before), len(after))
     assert slots(after) < 0.6 * slots(before)
     assert len(after) < len(before)  # nor are there more forwards, prompts' included
 
