@@ -57,15 +57,26 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Sequence:
-    """One sequence to run: a row's prompt and a longest context; `wanted` are those it covers, shortest first."""
+    """One sequence to run: a row's prompt, then the last token of each context in `read`; `wanted` are answered there.
+
+    A context's prefixes are read before it, so `read` is a chain or, where labels part, a tree. Both are in one order.
+    """
 
     row: int
     prompt: list[int]
-    context: Context
+    read: list[Context]
     wanted: dict[Context, list[int]]
 
+    @property
+    def tokens(self) -> list[int]:
+        return [context[-1] for context in self.read]
+
+    @property
+    def branches(self) -> bool:
+        return [len(context) for context in self.read] != list(range(1, len(self.read) + 1))
+
     def __len__(self) -> int:
-        return len(self.prompt) + len(self.context)
+        return len(self.prompt) + len(self.read)
 
 
 @dataclass(frozen=True)
@@ -108,29 +119,53 @@ def _encode(
     return _Row(encoded[0].prompt[:shared][:room], targets if nested else bare, targets[gold])
 
 
-def _sequences(rows: Sequence[_Row]) -> Iterator[_Sequence]:
-    """As few sequences as cover every wanted context: those that are no prefix of another."""
+def _sequences(rows: Sequence[_Row], architecture: Architecture) -> Iterator[_Sequence]:
+    """As few sequences as cover every wanted context.
+
+    Causal: one a row. T5's decoder counts positions by columns, so there it is a sequence for each context that is no
+    prefix of another; the encoder has read the prompt once for them all.
+    """
     for index, row in enumerate(rows):
-        left = row.wanted()
-        for context in sorted(left, key=len, reverse=True):
-            if context in left:
-                covered = [context[:i] for i in range(len(context) + 1) if context[:i] in left]
-                yield _Sequence(index, row.prompt, context, {prefix: left.pop(prefix) for prefix in covered})
+        left = dict(sorted(row.wanted().items(), key=lambda item: len(item[0])))
+        if architecture == "causal":
+            yield _Sequence(index, row.prompt, [context for context in left if context], left)
+            continue
+        for longest in sorted(left, key=len, reverse=True):
+            if longest in left:
+                prefixes = [longest[:i] for i in range(len(longest) + 1)]
+                covered = {context: left.pop(context) for context in prefixes if context in left}
+                yield _Sequence(index, row.prompt, prefixes[1:], covered)
 
 
 def _padded(sequences: Sequence[Sequence[int]], value: int, device: torch.device) -> torch.Tensor:
     return pad_sequence([torch.tensor(s) for s in sequences], batch_first=True, padding_value=value).to(device)
 
 
-def _inputs(
-    model: Any, batch: Sequence[_Sequence], pad: int, start: int | None, device: torch.device
-) -> tuple[dict[str, Any], list[int]]:
-    """The model's keyword arguments for a batch, and where in each sequence the empty context is answered."""
-    if start is None:
-        texts = [[*item.prompt, *item.context] for item in batch]
-        mask = _padded([[1] * len(text) for text in texts], 0, device)
-        offsets = [len(item.prompt) - 1 for item in batch]
-        return {"input_ids": _padded(texts, pad, device), "attention_mask": mask}, offsets
+def _tree(batch: Sequence[_Sequence], width: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Additive mask (batch, 1, width, width) by which a context's token sees the prompt and the context alone, and the
+    positions (batch, width) that it has there."""
+    seen = torch.ones(len(batch), width, width, dtype=torch.bool).tril()
+    positions = torch.zeros(len(batch), width, dtype=torch.long)
+    for i, item in enumerate(batch):
+        start, end = len(item.prompt), len(item)
+        seen[i, start:end, start:end] = torch.tensor([[one[: len(o)] == o for o in item.read] for one in item.read])
+        positions[i, :end] = torch.tensor([*range(start), *(start + len(context) - 1 for context in item.read)])
+    mask = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+    return mask[:, None], positions
+
+
+def _causal_inputs(model: Any, batch: Sequence[_Sequence], pad: int, device: torch.device) -> dict[str, Any]:
+    texts = [[*item.prompt, *item.tokens] for item in batch]
+    ids = _padded(texts, pad, device)
+    if not any(item.branches for item in batch):
+        return {"input_ids": ids, "attention_mask": _padded([[1] * len(text) for text in texts], 0, device)}
+    mask, positions = _tree(batch, ids.shape[1], model.get_input_embeddings().weight.dtype)
+    return {"input_ids": ids, "attention_mask": mask.to(device), "position_ids": positions.to(device)}
+
+
+def _seq2seq_inputs(
+    model: Any, batch: Sequence[_Sequence], pad: int, start: int, device: torch.device
+) -> dict[str, Any]:
     prompts = {item.row: item.prompt for item in batch}
     place = {row: i for i, row in enumerate(prompts)}
     index = torch.tensor([place[item.row] for item in batch], device=device)
@@ -141,8 +176,8 @@ def _inputs(
     return {
         "encoder_outputs": BaseModelOutput(last_hidden_state=hidden[index]),
         "attention_mask": mask[index],
-        "decoder_input_ids": _padded([[start, *item.context] for item in batch], pad, device),
-    }, [0] * len(batch)
+        "decoder_input_ids": _padded([[start, *item.tokens] for item in batch], pad, device),
+    }
 
 
 def _answers(
@@ -151,11 +186,14 @@ def _answers(
     """The model's answer at every context of a batch, by row and context."""
     device = next(model.parameters()).device
     with torch.autocast(device.type, autocast, enabled=autocast is not None):
-        inputs, offsets = _inputs(model, batch, pad, start, device)
-        ids = inputs["input_ids" if start is None else "decoder_input_ids"]
-        mask = torch.zeros_like(ids, dtype=torch.bool)
-        for i, (item, offset) in enumerate(zip(batch, offsets, strict=True)):
-            mask[i, [offset + len(context) for context in item.wanted]] = True
+        if start is None:
+            inputs = _causal_inputs(model, batch, pad, device)
+        else:
+            inputs = _seq2seq_inputs(model, batch, pad, start, device)
+        mask = torch.zeros_like(inputs["input_ids" if start is None else "decoder_input_ids"], dtype=torch.bool)
+        for i, item in enumerate(batch):
+            empty = len(item.prompt) - 1 if start is None else 0  # where the empty context is answered
+            mask[i, [empty + (item.read.index(context) + 1 if context else 0) for context in item.wanted]] = True
         with only_positions(model, mask):
             logits = model(**inputs, use_cache=False).logits  # (contexts, vocabulary)
     log_probs = torch.log_softmax(logits.float(), dim=-1)
@@ -178,7 +216,8 @@ def _run(
     autocast: torch.dtype | None,
 ) -> dict[tuple[int, Context], _Answer]:
     # Longest first, so that a batch too large for the memory fails at once.
-    ordered = sorted(_sequences(rows), key=lambda item: (len(item.prompt), item.row, len(item)), reverse=True)
+    sequences = _sequences(rows, "causal" if start is None else "seq2seq")
+    ordered = sorted(sequences, key=lambda item: (len(item.prompt), item.row, len(item)), reverse=True)
     answers: dict[tuple[int, Context], _Answer] = {}
     training = model.training
     model.eval()

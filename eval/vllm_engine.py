@@ -1,7 +1,7 @@
 """Text from prompts by vLLM on a merged model's folder; imported only when asked for.
 
 Source: vLLM's offline API (docs.vllm.ai: LLM, SamplingParams). Every request has a seed of its own, so batches do not
-change what is drawn; its draws are not those of eval/engines.py, so sampled scores of the two engines are two samples.
+change what is drawn; its draws are not those of eval/sampling.py, so sampled scores of the two engines are two samples.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from eval import gsm8k, humaneval
 from eval.decoding import Decoding, Generation
-from eval.generation import generate
+from eval.generation import GenerationReport, generate
 from eval.vllm_engine import load_vllm
 from experiments.chat import Answerer, run_mt_bench
 from experiments.config import RunConfig
@@ -39,6 +39,7 @@ def run_benchmarks(config: RunConfig, record: RunRecord, loaded: Loaded, model: 
     runners = {"math": _math, "code": _code, "chat": run_mt_bench}
     found: Metrics = {}
     reports = record.data.setdefault("benchmarks", {})
+    work: list[GenerationReport] = []
     with _answering(config, loaded, model) as whole:
         for name, benchmark in config.benchmarks.items():
             report: dict[str, Any] = {}
@@ -58,6 +59,7 @@ def run_benchmarks(config: RunConfig, record: RunRecord, loaded: Loaded, model: 
                     engine=config.eval.engine,
                 )
                 report.setdefault("generation", []).append({**asdict(made), "path": made.path.name})
+                work.append(made)
                 return answers
 
             metrics = runners[benchmark.kind](config, benchmark, answer, report)
@@ -65,6 +67,9 @@ def run_benchmarks(config: RunConfig, record: RunRecord, loaded: Loaded, model: 
             reports[name] = report
             if "judge" in report:
                 record.data["judge"] = report["judge"]
+    seconds = sum(made.seconds for made in work if made.made)
+    if seconds:  # kept answers took none
+        record.cost["generated_tokens_per_second"] = sum(made.tokens for made in work) / seconds
     return found
 
 

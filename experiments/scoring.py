@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from torch import nn
 
 from eval.base import classification_metrics
@@ -21,7 +23,7 @@ def score(
 ) -> Metrics:
     """Every metric with the number of rows behind it; how answers were made and read goes into record.data."""
     if config.task.kind == "classification":
-        return _classified(config, loaded, model, rows, encoded)
+        return _classified(config, record, loaded, model, rows, encoded)
     loss = held_out_loss(
         model,
         encoded.held_out,
@@ -33,7 +35,10 @@ def score(
     return metrics | run_benchmarks(config, record, loaded, model)
 
 
-def _classified(config: RunConfig, loaded: Loaded, model: nn.Module, rows: Rows, encoded: Encoded) -> Metrics:
+def _classified(
+    config: RunConfig, record: RunRecord, loaded: Loaded, model: nn.Module, rows: Rows, encoded: Encoded
+) -> Metrics:
+    started = time.perf_counter()
     result = classify(
         model,
         loaded.tokenizer,
@@ -46,4 +51,5 @@ def _classified(config: RunConfig, loaded: Loaded, model: nn.Module, rows: Rows,
         autocast=config.train.autocast_dtype,
         decoder_start_token_id=encoded.collator.decoder_start_token_id,
     )
+    record.cost["classified_rows_per_second"] = len(rows.gold) / (time.perf_counter() - started)
     return classification_metrics(result, rows.gold, len(config.prompt.labels))

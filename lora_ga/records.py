@@ -46,7 +46,7 @@ class RunRecord:
     `loss_curve` rows hold step, loss (mean per target token), learning_rate, grad_norm, tokens and seconds so far, and
     held_out_loss at the steps where it was measured; its value before the first step is in `step0`.
     `cost` holds seconds (init, train, eval, total), peak_memory_mb (until the training's end), trainable_parameters,
-    optimizer_state_mb.
+    optimizer_state_mb, classified_rows_per_second, and generated_tokens_per_second where answers were made.
     """
 
     run_id: str

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from matplotlib.figure import Figure
@@ -24,6 +24,10 @@ COSTS = {
     "optimizer_state_mb": "optimizer state MB",
     "init_seconds": "initialisation seconds",
 }
+SPEEDS = {
+    "classified_rows_per_second": "rows classified a second",
+    "generated_tokens_per_second": "tokens generated a second",
+}
 FRONTS = {"peak_memory_mb": "peak memory, MB", "train_seconds": "training, seconds"}
 
 
@@ -33,23 +37,25 @@ def mean_cost(records: Sequence[RunRecord], name: str) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _line(label: str, entries: Sequence[Entry]) -> list[str]:
+def _line(label: str, entries: Sequence[Entry], names: Iterable[str]) -> list[str]:
     records = [entry.record for entry in entries]
     texts = [str(len(records))]
-    for name in COSTS:
+    for name in names:
         value, digits = mean_cost(records, name), 0 if name == "trainable_parameters" else 1
         texts.append("—" if value is None else f"{value:,.{digits}f}")
     return [label, *traced(texts, entries)]
 
 
 def costs(grid: Grid) -> Section:
-    """Mean costs, never over different machines."""
+    """Mean costs, never over different machines; speeds of scoring where a record has them."""
     machines, body = hardware(grid), []
+    held = {name for entry in grid.entries if entry.finished for name in entry.record.cost}
+    shown = COSTS | {name: heading for name, heading in SPEEDS.items() if name in held}
     for row in grid.rows:
         for place, text in enumerate(machines, start=1):
             entries = [entry for entry in row.entries if entry.finished and machine(entry) == text]
             if entries:
-                body.append(_line(row.label + (f" [{place}]" if len(machines) > 1 else ""), entries))
+                body.append(_line(row.label + (f" [{place}]" if len(machines) > 1 else ""), entries, shown))
     commits = in_order((str(entry.record.environment.get("git_commit")) for entry in grid.entries), ())
     dirty = any(entry.record.environment.get("git_dirty") for entry in grid.entries)
     listed = [f"[{place}] {text}" for place, text in enumerate(machines, start=1)] if len(machines) > 1 else machines
@@ -57,7 +63,7 @@ def costs(grid: Grid) -> Section:
         f"Hardware: {'; '.join(listed) or 'none'}.",
         f"Commits: {', '.join(commits) or 'none'}{' (dirty tree)' if dirty else ''}.",
     ]
-    return Section("cost", "Cost, mean over finished runs", ["method", "runs", *COSTS.values()], body, 1, "", notes)
+    return Section("cost", "Cost, mean over finished runs", ["method", "runs", *shown.values()], body, 1, "", notes)
 
 
 @dataclass(frozen=True)

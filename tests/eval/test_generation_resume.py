@@ -21,7 +21,7 @@ from lora_ga.errors import SetupError
 PROMPTS = [f"w{i} w{i + 1} w{2 * i}" for i in range(10)]
 SAMPLED = Decoding(do_sample=True, max_new_tokens=5, samples=2)
 
-# Dies in the third batch, as by the kernel, after writing half a line as a full disk or a lost node would leave it.
+# Dies in the middle, as by the kernel, after writing half a line as a full disk or a lost node would leave it.
 VICTIM = """
 import os, signal, sys
 from pathlib import Path
@@ -31,18 +31,17 @@ from eval.generation import generate
 
 folder, prompts = Path(sys.argv[1]), sys.argv[2:]
 model = AutoModelForCausalLM.from_pretrained(folder / "model")
-whole, calls = model.generate, []
+whole = model.forward
 
 def dying(**arguments):
-    calls.append(1)
-    if len(calls) == 3:
-        [path] = (folder / "answers").glob("*.jsonl")
+    path = next((folder / "answers").glob("*.jsonl"), None)
+    if path and path.read_bytes().count(b"\\n") >= 8:
         with path.open("a") as handle:
             handle.write('{"prompt_hash": "12ab", "sam')
         os.kill(os.getpid(), signal.SIGKILL)
     return whole(**arguments)
 
-model.generate = dying
+model.forward = dying
 decoding = Decoding(do_sample=True, max_new_tokens=5, samples=2)
 generate(model, AutoTokenizer.from_pretrained(folder / "model"), prompts, decoding,
          weights="tiny", seed=0, batch_size=4, folder=folder / "answers")
@@ -76,7 +75,7 @@ def test_a_killed_run_goes_on_where_it_was(
     )
     assert died.returncode == -signal.SIGKILL, died.stderr
     resumed, report = run()
-    assert (report.found, report.made) == (8, 12)  # two batches of four were kept
+    assert (report.found, report.made) == (8, 12)  # every answer that had ended was kept
     assert resumed == run(folder=tmp_path / "uninterrupted")[0]
     assert sum(answer.tokens for row in resumed for answer in row) > report.tokens > 0
     lines = [json.loads(line) for line in report.path.read_text().splitlines()]

@@ -18,6 +18,7 @@ from transformers import (
     set_seed,
 )
 
+from eval import glue
 from eval.glue import _encode, _sequences, classify
 from lora_ga.data.encoding import encode_row
 from lora_ga.errors import SetupError
@@ -120,16 +121,71 @@ def test_scores_equal_a_forward_of_each_label(architecture, words, tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("words", "sequences"),
-    [(PAIR, 1), (SUFFIX, 2), (PREFIX, 1), (THREE, 3)],
+    ("architecture", "words", "sequences"),
+    [
+        *(("causal", words, 1) for words in LABEL_SETS),
+        ("seq2seq", PAIR, 1),
+        ("seq2seq", SUFFIX, 2),
+        ("seq2seq", PREFIX, 1),
+        ("seq2seq", THREE, 3),
+    ],
 )
-def test_few_sequences(words, sequences, tokenizer):
-    """One token a label needs one sequence a row: prompt + gold."""
-    row = _encode(tokenizer, "w1 w2", words, 0, "causal", 64)
-    found = list(_sequences([row]))
+def test_few_sequences(architecture, words, sequences, tokenizer):
+    """A causal row is one sequence whatever its labels; T5's decoder needs one for each longest context."""
+    row = _encode(tokenizer, "w1 w2", words, 0, architecture, 64)
+    found = list(_sequences([row], architecture))
     assert len(found) == sequences
     covered = [context for item in found for context in item.wanted]
     assert sorted(covered) == sorted(row.wanted())  # each context once
+
+
+def _each_context_alone(monkeypatch):
+    """Causal rows scored as T5's are: a sequence, with the prompt in it, for each longest context."""
+    monkeypatch.setattr(glue, "_sequences", lambda rows, _architecture: _sequences(rows, "seq2seq"))
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize(("autocast", "rounding"), [(None, 1e-5), (torch.bfloat16, 2**-6)])
+def test_a_tree_of_labels_scores_as_each_label_alone(attention, autocast, rounding, tokenizer, monkeypatch):
+    model = _model("causal")
+    model.set_attn_implementation(attention)
+    prompts, _ = _prompts(20)
+    gold = [i % 3 for i in range(20)]
+    common = dict(architecture="causal", max_length=64, autocast=autocast)
+    trees = [classify(model, tokenizer, prompts, THREE, gold, batch_size=size, **common) for size in (1, 6)]
+    _each_context_alone(monkeypatch)
+    alone = classify(model, tokenizer, prompts, THREE, gold, batch_size=6, **common)
+    for tree in trees:
+        assert tree.exact == alone.exact and tree.tokens == alone.tokens
+        assert tree.gold_loss == pytest.approx(alone.gold_loss, rel=rounding)
+        for a, b in zip(tree.scores, alone.scores, strict=True):
+            assert a == pytest.approx(b, rel=rounding)
+    if autocast is None:
+        assert trees[0].predictions == trees[1].predictions == alone.predictions
+
+
+@pytest.mark.parametrize(
+    ("words", "gold", "contexts", "sequences"),
+    [(PAIR, 1, 1, 1), (PREFIX, 1, 2, 1), (THREE, 2, 4, 2), (SUFFIX, 0, 2, 2)],
+)
+def test_the_prompt_is_computed_once_a_row(words, gold, contexts, sequences, tokenizer, monkeypatch):
+    """Token slots (rows x columns of every forward): prompt and label contexts, never the prompt again."""
+    model, prompts = _model("causal"), [" ".join(f"w{i}" for i in range(30))] * 4
+    slots, masks = [], []
+
+    def note(_module, _arguments, named):
+        slots.append(named["input_ids"].numel())
+        masks.append(named["attention_mask"].dim())
+
+    model.register_forward_pre_hook(note, with_kwargs=True)
+    common = dict(architecture="causal", max_length=64, batch_size=2)
+    classify(model, tokenizer, prompts, words, [gold] * 4, **common)
+    assert sum(slots) == 4 * (30 + contexts)
+    assert set(masks) == {4 if sequences > 1 else 2}  # no tree where a chain does
+    slots.clear()
+    _each_context_alone(monkeypatch)
+    classify(model, tokenizer, prompts, words, [gold] * 4, **common)
+    assert sum(slots) >= 4 * (sequences * 30 + contexts)
 
 
 def _trained(architecture, tokenizer, prompts, words, gold):
@@ -210,7 +266,8 @@ def test_a_cut_prompt_is_the_same_for_all_labels(tokenizer):
     row = _encode(tokenizer, prompt, THREE, 0, "causal", 12)
     assert row.prompt == tokenizer(prompt)["input_ids"][:8]  # room for three words and eos
     assert [len(label) for label in row.labels] == [1, 2, 3]
-    assert max(len(row.prompt) + len(item.context) for item in _sequences([row])) <= 12
+    [item] = _sequences([row], "causal")
+    assert max(len(row.prompt) + len(context) for context in item.read) <= 12
     encoded = _encode(tokenizer, prompt, THREE, 0, "seq2seq", 12).prompt
     assert len(encoded) == 12 and encoded[-1] == tokenizer.eos_token_id
 

@@ -59,6 +59,9 @@ def test_every_method_of_the_math_table_leaves_a_whole_record(finished, method):
             assert cell["n"] == 4 and 0 <= cell["value"] <= 1
         made = record.data["benchmarks"][benchmark]["generation"][0]
         assert (made["found"], made["made"]) == (0, 4) and 0 < made["tokens"] <= 24
+    work = [record.data["benchmarks"][benchmark]["generation"][0] for benchmark in ("seen", "new")]
+    speed = sum(made["tokens"] for made in work) / sum(made["seconds"] for made in work)
+    assert record.cost["generated_tokens_per_second"] == pytest.approx(speed)
     assert record.metrics["held_out_loss"]["n"] == 4
     assert record.step0["held_out_loss"] > 0
     assert [row["step"] for row in record.loss_curve if "held_out_loss" in row] == [3, 4]
@@ -97,6 +100,7 @@ def test_another_protocol_scores_the_same_training(finished, no_training):
 def test_another_extractor_makes_no_new_answer(finished):
     finished()
     again = finished("scoring.answers.math.extractor=flexible")
+    assert "generated_tokens_per_second" not in again.cost
     for benchmark in ("seen", "new"):
         made = again.data["benchmarks"][benchmark]["generation"][0]
         assert (made["found"], made["made"]) == (4, 0)

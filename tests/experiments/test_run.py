@@ -70,6 +70,7 @@ def test_every_method_leaves_a_whole_record(finished, method, model):
     assert record.environment["packages"]["peft"] and record.environment["torch_threads"] >= 1
     assert {"init_seconds", "train_seconds", "eval_seconds", "total_seconds", "peak_memory_mb"} <= set(record.cost)
     assert record.cost["trainable_parameters"] > 0
+    assert record.cost["classified_rows_per_second"] > 16 / record.cost["eval_seconds"]  # classification is part of it
     assert bool(record.gradients) is (method in ("lora_ga", "lora_one"))
     assert record.started_at <= record.finished_at
 

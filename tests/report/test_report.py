@@ -55,6 +55,18 @@ def test_costs_are_never_averaged_over_machines(bench, record) -> None:
     assert "Mixed hardware: costs are listed apart for each." in page
 
 
+def test_speeds_of_scoring_are_shown_where_records_have_them(bench, record) -> None:
+    bench.add(record("movies", "lora", 0, 0.80), record("movies", "full_ft", 0, 0.80))
+    assert "a second" not in bench.page()
+    with_speed = record("movies", "lora", 1, 0.80)
+    with_speed.cost["classified_rows_per_second"] = 40.0
+    bench.add(with_speed)
+    page = bench.page()
+    assert "| initialisation seconds | rows classified a second |" in page and "tokens generated" not in page
+    assert "| lora | 2 | 10.5 | 20.0 | 1,000.0 | 1,234,567 | — | — | 40.0 |" in page
+    assert "| full_ft | 1 | 10.0 | 20.0 | 1,000.0 | 1,234,567 | — | — | — |" in page
+
+
 def test_average_over_unlike_seeds_has_no_spread(bench, record) -> None:
     bench.add(record("movies", "lora", 0, 0.80), record("movies", "lora", 1, 0.90), record("reply", "lora", 0, 0.75))
     assert cells(bench.page(), "lora")[-1] == "80.00"
