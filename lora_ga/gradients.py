@@ -47,6 +47,35 @@ def _graph_from_embeddings(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def watched_gradients(
+    model: nn.Module, layers: Mapping[str, nn.Linear], take: Callable[[str, torch.Tensor, torch.Tensor], None]
+) -> Iterator[None]:
+    """Within, each backward pass gives `take` the two factors of every layer's gradient, G = D^T X, frozen or not.
+
+    take(name, D, X): D (tokens, d_out) the gradient of the layer's output, X (tokens, d_in) its input, both float32.
+    """
+
+    def watch(name: str) -> Callable[..., None]:
+        def forward_hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            X = inputs[0].detach()
+
+            def with_output_gradient(D: torch.Tensor) -> None:
+                take(name, D.detach().flatten(0, -2).float(), X.flatten(0, -2).float())
+
+            output.register_hook(with_output_gradient)
+
+        return forward_hook
+
+    hooks = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
+    try:
+        with _graph_from_embeddings(model):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
     states = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
@@ -82,25 +111,14 @@ def estimate_gradients(
     total: dict[str, torch.Tensor] = {}
     counts = True  # whether the batch at work is this rank's to add
 
-    def watch(name: str) -> Callable[..., None]:
-        def forward_hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            X = inputs[0].detach()
+    def add(name: str, D: torch.Tensor, X: torch.Tensor) -> None:
+        if counts:
+            G = (D.T @ X).to(device)  # (d_out, d_in)
+            total[name] = total[name].add_(G) if name in total else G
 
-            def with_output_gradient(D: torch.Tensor) -> None:
-                if not counts:
-                    return
-                D, flat = D.detach().flatten(0, -2).float(), X.flatten(0, -2).float()  # (T, d_out), (T, d_in)
-                G = (D.T @ flat).to(device)  # (d_out, d_in)
-                total[name] = total[name].add_(G) if name in total else G
-
-            output.register_hook(with_output_gradient)
-
-        return forward_hook
-
-    hooks = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
     training = model.training
     try:
-        with torch.random.fork_rng(devices=[]), _frozen(model), _graph_from_embeddings(model):
+        with torch.random.fork_rng(devices=[]), _frozen(model), watched_gradients(model, layers, add):
             model.train(dropout)
             starts = range(0, len(batches), world_size())
             for start in tqdm(starts, desc="one-step gradient", unit="batch", leave=False, disable=not is_main()):
@@ -111,16 +129,14 @@ def estimate_gradients(
                 loss(model, batches[index]).backward()
     finally:
         model.train(training)
-        for hook in hooks:
-            hook.remove()
-    _add_up(total, layers)
+    add_up_over_ranks(total, layers)
     missing = [name for name in layers if name not in total]
     if missing:
         raise RuntimeError(f"no gradient reached {missing[:3]}: the loss does not depend on these layers")
     return {name: total[name].div_(len(batches)) for name in layers}
 
 
-def _add_up(total: dict[str, torch.Tensor], layers: Mapping[str, nn.Linear]) -> None:
+def add_up_over_ranks(total: dict[str, torch.Tensor], layers: Mapping[str, nn.Linear]) -> None:
     """Put the sum over ranks in the place of each rank's part, which may be none."""
     for name, layer in layers.items() if world_size() > 1 else ():
         mine = total.get(name, torch.zeros(layer.out_features, layer.in_features))
