@@ -106,6 +106,8 @@ class RunConfig:
     def _trained_part(self) -> dict[str, Any]:
         raw = self.resolved
         part = {key: raw[key] for key in ("scale", "model", "method", "train")}
+        if self.train.alignment_every is None:  # not there when the first records were made
+            part["train"] = {key: value for key, value in raw["train"].items() if key != "alignment_every"}
         part["seeds"] = {key: raw["seeds"][key] for key in ("data", "adapter")}
         part["task"] = {key: raw["task"][key] for key in ("name", "source", "sizes", "max_length")}
         part["task"]["max_tokens"] = self.task.max_tokens
@@ -259,6 +261,8 @@ def parse(raw: Mapping[str, Any]) -> RunConfig:
     config.model.check()
     config.train.check()
     config.gradient.check()
+    if config.train.alignment_every:
+        config.method.check_alignment()
     check_engine(config, config.launcher)
     unknown = set(config.eval.benchmarks or ()) - set(config.task.benchmarks)
     if unknown:

@@ -24,6 +24,7 @@ from experiments.stopping import Stopping
 from experiments.tracking import tracked
 from experiments.trained import fingerprint, restore, save
 from lora_ga.adapters import target_linears
+from lora_ga.alignment import Alignment
 from lora_ga.cache import cache_folder
 from lora_ga.checkpoints import discard
 from lora_ga.engines import device, gather, is_main, largest, world_size
@@ -180,6 +181,7 @@ class Training:
             },
             stop=stopping,
         )
+        measures = config.train.alignment_every is not None
         with stopping.at_step_ends():
             result, moved = train(
                 self.model,
@@ -191,6 +193,7 @@ class Training:
                 resume=resume,
                 engine=config.launcher,
                 held_out=self.held_out if self.encoded.held_out else None,
+                alignment=Alignment(self.model, config.model.target_modules) if measures else None,
             )
         record.environment["engine"] = result.engine
         record.loss_curve, record.adapters = result.loss_curve, {**moved, **adapter_report(self.model)}

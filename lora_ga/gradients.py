@@ -48,6 +48,31 @@ def _graph_from_embeddings(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def watched_gradients(
+    model: nn.Module, layers: Mapping[str, nn.Linear], take: Callable[[str, torch.Tensor, torch.Tensor], None]
+) -> Iterator[None]:
+    """Within, each backward pass gives `take` the two factors of every layer's gradient, G = D^T X, frozen or not.
+
+    take(name, D, X): D (tokens, d_out) the gradient of the layer's output, X (tokens, d_in) its input, as they come.
+    """
+
+    def watch(name: str) -> Callable[..., None]:
+        def forward_hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            X = inputs[0].detach()
+            output.register_hook(lambda D: take(name, D.detach().flatten(0, -2), X.flatten(0, -2)))
+
+        return forward_hook
+
+    hooks = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
+    try:
+        with _graph_from_embeddings(model):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
     states = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
@@ -57,29 +82,6 @@ def _frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, state in states:
             parameter.requires_grad_(state)
-
-
-@contextmanager
-def watch(layers: Mapping[str, nn.Linear], take: Callable[[str, torch.Tensor, torch.Tensor], None]) -> Iterator[None]:
-    """Within, every backward pass calls take(name, D, X) for each of `layers` it reaches.
-
-    D (T, d_out) is the gradient of the layer's output and X (T, d_in) its input, so dL/dW = D^T X; neither has a graph.
-    """
-
-    def hook(name: str) -> Callable[..., None]:
-        def forward_hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            X = inputs[0].detach()
-            if output.requires_grad:
-                output.register_hook(lambda D: take(name, D.detach().flatten(0, -2), X.flatten(0, -2)))
-
-        return forward_hook
-
-    hooks = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
-    try:
-        yield
-    finally:
-        for handle in hooks:
-            handle.remove()
 
 
 def estimate_gradients(
@@ -117,7 +119,7 @@ def estimate_gradients(
 
     training = model.training
     try:
-        with torch.random.fork_rng(devices=[]), _frozen(model), _graph_from_embeddings(model), watch(layers, take):
+        with torch.random.fork_rng(devices=[]), _frozen(model), watched_gradients(model, layers, take):
             model.train(dropout)
             starts = [s for _ in range(accumulator.passes) for s in range(0, len(batches), world_size())]
             for start in tqdm(starts, desc="one-step gradient", unit="batch", leave=False, disable=not is_main()):

@@ -44,7 +44,8 @@ class RunRecord:
     `status` is "finished", "failed" (see `error`) or "diverged" (a loss was not finite).
     `metrics` maps a name to {"value": float, "n": rows it was computed on}.
     `loss_curve` rows hold step, loss (mean per target token), learning_rate, grad_norm, tokens and seconds so far, and
-    held_out_loss at the steps where it was measured; its value before the first step is in `step0`.
+    held_out_loss at the steps where it was measured; its value before the first step is in `step0`. Steps measured
+    against their full gradient have alignment and captured (lora_ga/alignment.py).
     `cost` holds seconds (init, train, eval, total), peak_memory_mb (until the training's end), trainable_parameters,
     optimizer_state_mb, classified_rows_per_second, and generated_tokens_per_second where answers were made.
     """

@@ -32,6 +32,7 @@ class TrainSettings:
     length_bucketed: bool = True
     held_out_every: int | None = None
     held_out_rows: int = 32
+    alignment_every: int | None = None
 
     def check(self) -> None:
         """Refuse an impossible budget before anything is loaded."""
@@ -54,6 +55,8 @@ class TrainSettings:
             raise SetupError(f"train.autocast={self.autocast} is not supported: use bfloat16, auto or null")
         if self.max_steps is not None and self.max_steps < 1:
             raise SetupError(f"train.max_steps={self.max_steps}: use a positive number, or null for whole epochs")
+        if self.alignment_every is not None and self.alignment_every < 1:
+            raise SetupError(f"train.alignment_every={self.alignment_every}: use a number of steps, or null for never")
 
     def micro_batch(self, ranks: int) -> int:
         """Rows a rank takes at once: the most that per_device_train_batch_size allows and the global batch divides by.

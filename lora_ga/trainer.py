@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from transformers import Trainer, TrainerCallback
 
 from lora_ga import checkpoints
 from lora_ga.adapters import offset_factors, trainable
+from lora_ga.alignment import Alignment
 from lora_ga.data.encoding import IGNORED, EncodedRows, LengthBucketSampler, RankBatches, WithBlank
 from lora_ga.engines import Engine, any_rank, confirm, is_main, rank, sum_over_ranks, world_size
 from lora_ga.losses import scored_logits
@@ -79,11 +81,12 @@ class MethodTrainer(Trainer):
         data_seed: int,
         resume: Resume,
         held_out: Callable[[], float] | None = None,
+        alignment: Alignment | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.method, self.settings, self.engine, self.data_seed = method, settings, engine, data_seed
-        self.resume, self.held_out = resume, held_out
+        self.resume, self.held_out, self.alignment = resume, held_out, alignment
         self.loss_is_scaled_for_ga = True
         self.curve: list[dict[str, float]] = []
         self.tokens = 0
@@ -93,6 +96,7 @@ class MethodTrainer(Trainer):
         self.wanted: list[tuple[str, float]] = []
         self.stopped = False
         self._step_loss, self._own_norm = 0.0, math.nan
+        self._measured: dict[str, float] = {}
 
     # The optimizer and the engine
 
@@ -201,6 +205,24 @@ class MethodTrainer(Trainer):
             loss = loss + penalty / self.current_gradient_accumulation_steps / world_size()
         return loss * world_size()  # engines average over ranks what is meant to be a sum
 
+    @property
+    def watched(self) -> Alignment | None:
+        """What measures the step at work, if it is one to measure: the first, and then as settings say."""
+        every, step = self.settings.alignment_every, self.state.global_step + 1
+        return self.alignment if every and (step == 1 or step % every == 0) else None
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        with self.watched.micro_batch() if self.watched else nullcontext():
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def measure(self) -> None:
+        """After the parameters have moved, before the step counts as done."""
+        if self.watched:
+            self._measured, seconds = self.watched.measured()
+            self.began += seconds  # seconds are training's own
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             row = {
@@ -210,8 +232,10 @@ class MethodTrainer(Trainer):
                 "grad_norm": float(logs.get("grad_norm", math.nan)) if self.engine_clips else self._own_norm,
                 "tokens": self.tokens,
                 "seconds": round(time.perf_counter() - self.began, 3),
+                **self._measured,
             }
             self.curve.append({key: value for key, value in row.items() if math.isfinite(value)})
+            self._measured = {}
             every, step = self.settings.held_out_every, self.state.global_step
             if self.held_out and every and (step % every == 0 or step == self.state.max_steps):
                 paused = time.perf_counter()
@@ -292,6 +316,7 @@ class AfterStep(TrainerCallback):
         self.bar = tqdm(total=steps, initial=done, desc="train", unit="step", disable=not is_main())
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.measure()
         self.trainer.method.after_step(kwargs["model"], state.global_step + 1)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

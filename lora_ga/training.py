@@ -15,6 +15,7 @@ from transformers import PrinterCallback, TrainingArguments
 
 from lora_ga import checkpoints
 from lora_ga.adapters import adapter_pairs, has_offset, move_offset, offset_factors, trainable
+from lora_ga.alignment import Alignment
 from lora_ga.data.encoding import Collator, EncodedRows
 from lora_ga.engines import Engine, gather, whole, world_size
 from lora_ga.methods.adalora import ranks
@@ -115,19 +116,19 @@ def train(
     resume: Resume,
     engine: Engine | None = None,
     held_out: Callable[[], float] | None = None,
+    alignment: Alignment | None = None,
 ) -> tuple[TrainResult, dict[str, Any]]:
     """Train a prepared model in place, from resume's checkpoint if there is one; returns the curve with its cost, and
     what moved. Every rank calls it, and has the whole trained model afterwards.
 
-    `seed` orders the rows and drives dropout. `held_out` measures the loss on rows that are not trained on, every
-    settings.held_out_every steps and after the last. Raises Diverged when a loss is not finite, Stopped when
-    resume.stop() said so and the state is on disk, SetupError for a checkpoint of another training.
+    `seed` orders the rows and drives dropout. `held_out` measures the loss on rows that are not trained on, `alignment`
+    the step against its full gradient, at the steps that settings say. Raises Diverged when a loss is not finite,
+    Stopped when resume.stop() said so and the state is on disk, SetupError for a checkpoint of another training.
     """
     engine = engine or Engine()
     checkpoint = _resumed_from(resume, model)
     done = checkpoints.read_meta(checkpoint, resume.identity) if checkpoint else {}
-    before = _samples(model)
-    steps = settings.total_steps(len(rows))
+    before, steps = _samples(model), settings.total_steps(len(rows))
     bf16 = engine.shards_weights and any(p.dtype == torch.bfloat16 for p in model.parameters())
     clips = engine.clips(whole_matrices=method.steps.whole_matrices)  # else the trainer does
     trainer = MethodTrainer(
@@ -139,6 +140,7 @@ def train(
         data_seed=seed,
         resume=resume,
         held_out=held_out,
+        alignment=alignment,
         train_dataset=rows,
         data_collator=collator,
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
+from experiments.report.alignment import alignment
 from experiments.report.comparison import against_lora, over_tasks
 from experiments.report.costs import costs, fronts
 from experiments.report.figures import loss_figures
@@ -51,6 +52,7 @@ def analyse(grid: Grid, name: str, search: SearchRecords | None) -> Analysis:
     by_task, figures = loss_figures(grid, name)
     rates, rate_figure = sensitivity(grid, name, RATE)
     ranks, rank_figure = sensitivity(grid, name, RANK)
+    steps, step_figures = alignment(grid, name)
     front, front_figure = fronts(grid, name)
     curves = [picture for picture in figures if picture not in by_task.values()]
     sections = [
@@ -61,8 +63,9 @@ def analyse(grid: Grid, name: str, search: SearchRecords | None) -> Analysis:
         ranks,
         convergence(grid, [*by_task.values(), *curves]),
         speedup(grid),
+        steps,
         costs(grid),
         front,
     ]
-    pictures = {**figures, **rate_figure, **rank_figure, **front_figure}
+    pictures = {**figures, **rate_figure, **rank_figure, **step_figures, **front_figure}
     return Analysis([section for section in sections if section is not None], pictures, notes)

@@ -48,7 +48,8 @@ def spent(record: RunRecord, axis: str) -> Curve:
     return {0: start, **{int(row["step"]): start + row[key] for row in rows}} if rows else {}
 
 
-KINDS: dict[str, Callable[[RunRecord], Curve]] = {TRAINING: training_loss, "held-out loss": held_out_loss}
+Kinds = Mapping[str, Callable[[RunRecord], Curve]]  # what is drawn upwards, by its words
+KINDS: Kinds = {TRAINING: training_loss, "held-out loss": held_out_loss}
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,9 @@ def _line(row: Row, cell: Cell, curve: Callable[[RunRecord], Curve], axis: str, 
     return Line(row, x, np.array([[loss[step] for step in steps] for loss in losses]))
 
 
-def _lines(grid: Grid, task: str, words: str, axis: str) -> list[Line]:
+def _lines(grid: Grid, task: str, curve: Callable[[RunRecord], Curve], axis: str) -> list[Line]:
     machine = main_machine(grid) if axis == SECONDS else None
-    found = [_line(row, row.tasks[task], KINDS[words], axis, machine) for row in grid.rows]
+    found = [_line(row, row.tasks[task], curve, axis, machine) for row in grid.rows]
     return [line for line in found if line is not None]
 
 
@@ -100,9 +101,9 @@ def _panel(axes: Axes, grid: Grid, task: str, words: str, axis: str, lines: Sequ
     grid_lines(axes)
 
 
-def draw(grid: Grid, task: str, axes: Sequence[str] = (STEPS,)) -> Figure | None:
-    """A panel for each kind of loss and each of `axes`; None if no finished run has any."""
-    found = {(words, axis): _lines(grid, task, words, axis) for axis in axes for words in KINDS}
+def draw(grid: Grid, task: str, axes: Sequence[str] = (STEPS,), drawn: Kinds = KINDS) -> Figure | None:
+    """A panel for each kind of curve and each of `axes`; None if no finished run has any."""
+    found = {(words, axis): _lines(grid, task, drawn[words], axis) for axis in axes for words in drawn}
     panels = {key: lines for key, lines in found.items() if lines}
     if not panels:
         return None

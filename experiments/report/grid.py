@@ -53,7 +53,7 @@ def rank(entry: Entry) -> int | None:
 def settings_hash(entry: Entry) -> str:
     """What a run was besides method, task, learning rate and seed; the same on every machine."""
     config = entry.record.config
-    left_out = {"model": {"source"}, "train": {"learning_rate"}, "eval": {"batch_size"}}
+    left_out = {"model": {"source"}, "train": {"learning_rate", "alignment_every"}, "eval": {"batch_size"}}
     parts = {
         name: {key: value for key, value in (config.get(name) or {}).items() if key not in left_out.get(name, set())}
         for name in ("model", "method", "train", "eval")

@@ -86,6 +86,9 @@ class AdaLora(Lora):
                 terms.append(torch.linalg.matrix_norm(gram - torch.eye(len(gram), device=gram.device)))
         return self.orth_reg_weight * torch.stack(terms).mean()
 
+    def check_alignment(self) -> None:
+        raise SetupError("AdaLoRA cuts ranks between steps, train.alignment_every measures W + s B A: set it to null")
+
     def check_engine(self, engine: Engine) -> None:
         if engine.kind == "deepspeed":
             raise SetupError("AdaLoRA reads whole gradients after each step, DeepSpeed keeps none: use launcher=ddp")

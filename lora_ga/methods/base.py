@@ -63,6 +63,9 @@ class Method:
     def check_engine(self, engine: Engine) -> None:
         """Refuse, with SetupError, an engine this method would not be itself under; runs before weights load."""
 
+    def check_alignment(self) -> None:
+        """Refuse, with SetupError, to measure steps of a weight that is not W + scaling * lora_B lora_A."""
+
     def state(self, model: nn.Module) -> dict[str, Any]:
         """What the method itself remembers between steps, beside parameters and optimizer; part of a checkpoint."""
         return {}

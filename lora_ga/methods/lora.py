@@ -65,6 +65,10 @@ class Lora(Method):
         if self.use_dora and engine.shards_weights:
             raise SetupError("DoRA reads whole base weights at every step, ZeRO-3 has none: use launcher=ddp or zero2")
 
+    def check_alignment(self) -> None:
+        if self.use_dora:
+            raise SetupError("DoRA rescales W + s B A, whose steps train.alignment_every measures: set it to null")
+
     def peft_config(self, setup: Setup) -> LoraConfig:
         """PEFT's configuration of these adapters."""
         return LoraConfig(

@@ -62,6 +62,17 @@ def test_losses_are_those_of_one_process(alone, together):
         assert norms[0] == pytest.approx(norms[1], rel=1e-3), which
 
 
+def test_steps_are_measured_as_by_one_process(alone, together):
+    """Before every parameter moves and after, whenever the engine moves it, against the gradient of all ranks."""
+    _, first, second = together
+    for which in TRAININGS:
+        rows, others, ones = ([r for r in f[which]["curve"] if "captured" in r] for f in (first, second, alone))
+        assert [row["step"] for row in rows] == [1, 2, 4]
+        for name in ("alignment", "captured"):
+            assert [row[name] for row in rows] == [row[name] for row in others]
+            assert [row[name] for row in rows] == pytest.approx([row[name] for row in ones], rel=5e-3), (which, name)
+
+
 def test_autocast_is_in_force_under_the_engine(alone, together):
     _, first, _ = together
     assert losses(first[WITH_AUTOCAST]) == pytest.approx(losses(alone[WITH_AUTOCAST]), abs=5e-3)

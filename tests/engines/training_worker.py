@@ -15,6 +15,7 @@ import torch
 from transformers.integrations import unset_hf_deepspeed_config
 
 from lora_ga.adapters import adapter_pairs, target_linears
+from lora_ga.alignment import Alignment
 from lora_ga.data.encoding import Collator, EncodedRow, EncodedRows
 from lora_ga.engines import Engine, joined, rank, runnable
 from lora_ga.gradients import estimate_gradients
@@ -72,8 +73,14 @@ TARGETS = {
 }
 # 30 rows in global batches of 8: the last is of 6, which two ranks with micro-batches of 2 do not divide.
 SETTINGS = TrainSettings(
-    learning_rate=5e-3, global_batch_size=8, per_device_train_batch_size=2, max_grad_norm=0.05, warmup_ratio=0.0
+    learning_rate=5e-3,
+    global_batch_size=8,
+    per_device_train_batch_size=2,
+    max_grad_norm=0.05,
+    warmup_ratio=0.0,
+    alignment_every=2,
 )
+UNMEASURED = ("dora", "adalora")  # refused
 
 
 def rows(count: int) -> list[EncodedRow]:
@@ -137,7 +144,15 @@ def training(
     try:
         settings = replace(SETTINGS, autocast=autocast, num_train_epochs=epochs)
         result, moved = train(
-            prepared, EncodedRows(data), collator, method, settings, seed=0, resume=resume, engine=engine
+            prepared,
+            EncodedRows(data),
+            collator,
+            method,
+            settings,
+            seed=0,
+            resume=resume,
+            engine=engine,
+            alignment=None if name in UNMEASURED else Alignment(prepared, TARGETS[architecture]),
         )
     finally:
         LoraProAdamW.step = step  # type: ignore[method-assign]

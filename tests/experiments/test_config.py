@@ -153,6 +153,9 @@ def refusal(overrides):
         (["task.sizes.train=1000000"], "train"),
         (["task.sizes.test=0"], "test"),
         (["train.max_steps=-1"], "train.max_steps=-1"),
+        (["train.alignment_every=0"], "train.alignment_every=0"),
+        (["train.alignment_every=4", "method=dora"], "alignment_every"),
+        (["train.alignment_every=4", "method=adalora"], "alignment_every"),
         (["train.global_batch_size=10", "train.per_device_train_batch_size=4"], "divisor"),
         (["train.autocast=float16"], "bfloat16"),
         (["model=t5_tiny", "model.dtype=float16"], "model.dtype=bfloat16"),
@@ -222,6 +225,7 @@ def test_the_command_line_ends_with_code_2_and_one_line(overrides, tmp_path):
         "train.max_steps=7",
         "train.autocast=null",
         "train.gradient.batches=2",
+        "train.alignment_every=4",  # its record holds more
         "model.dtype=bfloat16",
         "model=t5_tiny",
         "task=reply",
@@ -264,6 +268,13 @@ def test_the_run_id_is_the_same_in_every_process_and_order(plain):
     shuffled = {key: plain.resolved[key] for key in reversed(list(plain.resolved))}
     assert parse(shuffled).run_id == plain.run_id
     assert re.fullmatch(r"[0-9a-f]{12}", plain.run_id)
+
+
+def test_a_run_without_measured_steps_is_the_run_it_was_before_they_could_be(plain):
+    older = {key: value for key, value in plain.resolved["train"].items() if key != "alignment_every"}
+    assert "alignment_every" in plain.resolved["train"]
+    before = parse({**plain.resolved, "train": older})
+    assert (before.run_id, before.train_id) == (plain.run_id, plain.train_id)
 
 
 def test_the_protocol_hash_is_that_of_the_whole_protocol(plain):

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from experiments.report.alignment import alignment
 from experiments.report.comparison import against_lora, contrasts, over_tasks
 from experiments.report.costs import Place, front
 from experiments.report.grid import build_grid
@@ -186,6 +187,46 @@ def test_seconds_of_another_machine_are_not_compared(generative: Any) -> None:
 
 def test_no_speed_up_where_the_loss_was_not_measured_on_the_way(record: Any) -> None:
     assert speedup(grid_of([record("movies", "lora", 0, 0.8), record("movies", "dora", 0, 0.9)])) is None
+
+
+def measured(record: Any, method: str, seed: int, captured: list[float], **changes: Any) -> Any:
+    """A run whose steps 1, 4 and 8 of 8 were measured; the first, of rate zero, has no alignment."""
+    rows = [{"step": step, "loss": 1.0} for step in range(1, 9)]
+    for place, (step, value) in enumerate(zip((1, 4, 8), captured, strict=True)):
+        rows[step - 1] |= {"captured": value, **({"alignment": -value / 2} if place else {})}
+    return record("movies", method, seed, 0.8, loss_curve=rows, **changes)
+
+
+def test_alignment_by_hand(record: Any) -> None:
+    made = [measured(record, "lora", seed, [0.1, 0.2 + seed / 10, 0.6]) for seed in range(2)]
+    made += [measured(record, "full_ft", 0, [1.0, 1.0, 1.0]), record("reply", "lora", 0, 0.7)]
+    section, figures = alignment(grid_of(made), "toy")
+    assert section is not None and section.pictures == ("toy-movies-alignment",) == tuple(figures)
+    assert list(section.body) == [
+        ["full_ft", "movies", "1", "-0.5000", "-0.5000", "-0.5000", "1.0000", "1.0000", "1.0000"],
+        ["lora", "movies", "2", "-0.1250", "-0.2125", "-0.3000", "0.1000", "0.3167", "0.6000"],
+    ]
+    left, right = figures["toy-movies-alignment"].axes
+    assert (left.get_ylabel(), right.get_ylabel()) == ("alignment", "captured energy")
+    lines = {line.get_label(): line for line in right.lines}
+    assert list(lines["lora, n=2"].get_xdata()) == [1, 4, 8]
+    assert list(lines["lora, n=2"].get_ydata()) == pytest.approx([0.1, 0.25, 0.6])
+    assert [list(line.get_xdata()) for line in left.lines] == [[4, 8], [4, 8]]
+    (band,) = right.collections
+    assert (band.get_datalim(right.transData).y0, band.get_datalim(right.transData).y1) == pytest.approx((0.1, 0.6))
+
+
+def test_no_alignment_where_no_step_was_measured_and_none_of_an_ambiguous_cell(record: Any) -> None:
+    assert alignment(grid_of([record("movies", "lora", 0, 0.8)]), "toy") == (None, {})
+    twice = [measured(record, "lora", 0, [0.1, 0.2, 0.3], run_id=name) for name in "ab"]
+    assert alignment(grid_of(twice), "toy") == (None, {})
+
+
+def test_a_run_that_was_measured_stands_in_the_row_of_those_that_were_not(record: Any) -> None:
+    made = [record("movies", "lora", seed, 0.8) for seed in range(2)]
+    for one, every in zip(made, (None, 4), strict=True):
+        one.config["train"] = {"max_steps": 8, "alignment_every": every}
+    assert [(row.label, len(row.entries)) for row in grid_of(made).rows] == [("lora", 2)]
 
 
 def test_rates_and_ranks(search: Any, generative: Any) -> None:
