@@ -6,6 +6,7 @@ SCALE ?= local
 SEEDS ?=
 EXPERIMENT ?=
 RECORDS ?= results/runs
+ONLY ?=
 # What SLURM is asked for: a file of conf/slurm, e.g. SLURM=mine.
 SLURM ?= default
 # Where torch comes from, e.g. TORCH_INDEX=https://download.pytorch.org/whl/cpu to leave the CUDA packages out.
@@ -26,7 +27,7 @@ define submit
 @$(PY) -m slurm.submit experiment=$(1) scale=$(SCALE) slurm=$(SLURM) $(if $(SEEDS),seeds=$(SEEDS)) $(2)
 endef
 
-.PHONY: help setup assets reproduce $(TABLES:%=reproduce-%) $(TABLES:%=slurm-%) slurm-status report baseline-tables plan wandb-sync lint test test-fast clean
+.PHONY: help setup assets reproduce $(TABLES:%=reproduce-%) $(TABLES:%=slurm-%) slurm-status report baseline-tables plan wandb-sync bench lint test test-fast clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -87,6 +88,9 @@ plan: assets ## the runs of EXPERIMENT (glue) and what they take in memory, noth
 
 wandb-sync: setup ## upload the W&B runs that were made offline (logger=wandb); those uploaded before are skipped
 	@$(PY) -m experiments.wandb_sync
+
+bench: assets ## speed and memory beside other implementations, side by side on this machine (about an hour); ONLY=start-smollm2,...
+	@$(PY) -m experiments.bench $(if $(ONLY),only=$(ONLY))
 
 lint: setup ## style and types
 	$(VENV)/bin/ruff check .

@@ -43,6 +43,12 @@ def _settings(arguments: Sequence[str], known: Sequence[str]) -> tuple[list[str]
     return wanted, int(values["repeats"]) if values["repeats"] else None, ROOT / values["out"]
 
 
+def processor() -> str:
+    """The CPU's name, as Linux has it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
 def child(comparison: str, side: str) -> dict[str, Any]:
     """One measurement; RuntimeError with the process's last lines if it fails."""
     command = [sys.executable, "-m", "experiments.bench.child", comparison, side]
@@ -71,6 +77,7 @@ def run(name: str, comparison: Comparison, repeats: int | None) -> dict[str, Any
         "repeats": repeats or comparison.repeats,
         "load_before": load,
         "environment": environment,
+        "processor": processor(),
         "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)),
         "medians": medians,
         "measured": measured,

@@ -131,6 +131,7 @@ def comparisons() -> dict[str, Comparison]:
                 "ours": partial(steps.lora_pro, layers, 8, "full"),
                 "per layer, pinv and eig": partial(steps.per_layer_lora_pro, layers, 8),
                 "two moments read and written": partial(steps.floor, layers),
+                "its multiplications as one matrix product": partial(steps.multiplications, layers, 8),
                 "fused AdamW": partial(steps.adamw, layers, 8),
             },
         ),
@@ -152,7 +153,7 @@ def comparisons() -> dict[str, Comparison]:
         ),
         "train-movies": Comparison("LoRA training of SmolLM2-135M on film reviews", _training("movies"), 3),
         "train-word_problems": Comparison(
-            "LoRA training of SmolLM2-135M on word problems", _training("word_problems"), 3
+            "LoRA training of SmolLM2-135M on word problems", _training("word_problems"), 2
         ),
         "answers": Comparison(
             f"greedy answers of SmolLM2-135M to {answers.PROBLEMS} word problems, at most {answers.TOKENS} tokens",

@@ -27,7 +27,7 @@ from lora_ga.models import Loaded, load_model
 from lora_ga.trainer import Resume
 from lora_ga.training import train
 
-STEPS = 7
+STEPS = 5
 
 
 def case(overrides: Sequence[str]) -> tuple[RunConfig, Loaded, Encoded]:

@@ -40,8 +40,10 @@ def machine(found: Mapping[str, Any]) -> str:
     """One line on where and with what it was measured."""
     environment = found["environment"]
     packages = ", ".join(f"{name} {environment['packages'][name]}" for name in ("torch", "transformers", "peft"))
-    dirty = " with uncommitted changes" if environment["dirty"] else ""
-    return f"{environment['cpu']}, {found['threads']} threads; {packages}; commit {environment['commit'][:10]}{dirty}"
+    commit = (environment["git_commit"] or "none")[:10] + (
+        ", with uncommitted changes" if environment["git_dirty"] else ""
+    )
+    return f"{found['processor']} ({environment['cpu']}), {found['threads']} threads; {packages}; commit {commit}"
 
 
 def page(folder: Path, order: Sequence[str]) -> str:

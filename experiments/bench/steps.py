@@ -94,6 +94,14 @@ def floor(layers: Sequence[tuple[int, int]]) -> Measured:
     return _measure(step)
 
 
+def multiplications(layers: Sequence[tuple[int, int]], r: int) -> Measured:
+    """As many multiplications as the pass through the moments has (4r a weight), in one product of square matrices."""
+    side = round((4 * r * sum(d_out * d_in for d_out, d_in in layers)) ** (1 / 3))
+    left, right = torch.randn(side, side), torch.randn(side, side)
+    result = torch.empty(side, side)
+    return _measure(lambda: torch.mm(left, right, out=result))
+
+
 class PerLayerLoraPro:
     """LoRA-Pro full, a layer at a time."""
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from lora_ga.optim.compiled import fits, through_moments
 from lora_ga.optim.pairs import PairBatch, PairOptimizer, adam_direction_, solve_dtype, write
 
 Mode = Literal["full", "efficient"]
@@ -26,39 +27,46 @@ CHUNK_BYTES = 1 << 26
 
 
 class _Adjuster:
-    """The closed form for fixed factors: their Gram matrices are decomposed once, for any number of gradients."""
+    """The closed form for fixed factors: their Gram matrices are decomposed once, for any number of gradients.
+
+    What is r x r is computed in float64, as it squares condition numbers; the factors keep their own dtype.
+    """
 
     def __init__(self, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float, delta: float) -> None:
-        dtype = solve_dtype(lora_A.device)
-        self.scaling = scaling
-        self.A, self.B = lora_A.to(dtype), lora_B.to(dtype)
-        self.a, self.U = torch.linalg.eigh(self.B.mT @ self.B)  # (..., r), (..., r, r)
-        self.b, self.V = torch.linalg.eigh(self.A @ self.A.mT)  # (..., r), (..., r, r)
+        self.dtype = solve_dtype(lora_A.device)
+        self.scaling, self.A, self.B = scaling, lora_A, lora_B
+        A, B = lora_A.to(self.dtype), lora_B.to(self.dtype)
+        self.a, self.U = torch.linalg.eigh(B.mT @ B)  # (..., r), (..., r, r)
+        self.b, self.V = torch.linalg.eigh(A @ A.mT)  # (..., r), (..., r, r)
         self.inverse_BB = _damped_inverse(self.a, self.U, delta)  # (..., r, r)
         self.inverse_AA = _damped_inverse(self.b, self.V, delta)  # (..., r, r)
 
     def sylvester_X(self, grad_A: torch.Tensor) -> torch.Tensor:
-        C = -(self.inverse_BB @ (grad_A @ self.A.mT)) / self.scaling**2  # (..., r, r)
+        C = -(self.inverse_BB @ (grad_A @ self.A.mT).to(self.dtype)) / self.scaling**2  # (..., r, r)
         sums = self.a.clamp(min=0).unsqueeze(-1) + self.b.clamp(min=0).unsqueeze(-2)  # (..., r, r)
         rotated = self.U.mT @ C @ self.V  # (..., r, r)
         # Both zero only where A and B both lost the direction; then C is zero there too and so is the least X.
         return self.U @ torch.where(sums > 0, rotated / sums, 0.0) @ self.V.mT
 
-    def X(self, grad_A: torch.Tensor, grad_B: torch.Tensor, choice: str) -> torch.Tensor:
-        if choice == "sylvester":
-            return self.sylvester_X(grad_A)
-        if choice == "symmetric":
-            return -(self.inverse_BB @ (self.B.mT @ grad_B) @ self.inverse_AA) / (2 * self.scaling**2)
-        if choice == "zero":
-            return torch.zeros_like(self.U)
-        raise ValueError(f"X={choice!r} is unknown: use sylvester, symmetric or zero")
-
     def __call__(self, grad_A: torch.Tensor, grad_B: torch.Tensor, choice: str) -> tuple[torch.Tensor, torch.Tensor]:
-        grad_A, grad_B = grad_A.to(self.A.dtype), grad_B.to(self.B.dtype)
-        X = self.X(grad_A, grad_B, choice)  # (..., r, r)
-        outside = grad_B - self.B @ (self.inverse_BB @ (self.B.mT @ grad_B))  # (..., d_out, r)
-        g_A = (self.inverse_BB / self.scaling**2) @ grad_A + X @ self.A  # (..., r, d_in)
-        g_B = outside @ (self.inverse_AA / self.scaling**2) - self.B @ X  # (..., d_out, r)
+        inverse_AA, inverse_BB = self.inverse_AA / self.scaling**2, self.inverse_BB / self.scaling**2
+        own = (
+            self.inverse_BB @ (self.B.mT @ grad_B).to(self.dtype) @ inverse_AA
+        )  # of grad_B, in B's columns: (..., r, r)
+        if choice == "sylvester":
+            X = self.sylvester_X(grad_A)
+        elif choice == "symmetric":
+            X = -own / 2
+        elif choice == "zero":
+            X = torch.zeros_like(own)
+        else:
+            raise ValueError(f"X={choice!r} is unknown: use sylvester, symmetric or zero")
+
+        def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+            return left.to(grad_A.dtype) @ right.to(grad_A.dtype)
+
+        g_A = product(inverse_BB, grad_A).add_(product(X, self.A))  # (..., r, d_in)
+        g_B = product(grad_B, inverse_AA).sub_(product(self.B, own + X))  # (..., d_out, r)
         return g_A, g_B
 
 
@@ -78,7 +86,7 @@ def sylvester_X(
     Solves (B^T B) X + X (A A^T) = -(1/s^2) (B^T B + delta I)^-1 G_A A^T; arguments as in `adjust`.
     """
     adjuster = _Adjuster(lora_A, lora_B, scaling, delta)
-    return adjuster.sylvester_X(grad_A.to(adjuster.A.dtype)).to(grad_A.dtype)
+    return adjuster.sylvester_X(grad_A).to(grad_A.dtype)
 
 
 def equivalent_gradient(
@@ -109,8 +117,7 @@ def adjust(
     Returns:
         g_A (..., r, d_in), g_B (..., d_out, r) in the gradients' dtypes; at B = 0 g_A = 0. Unknown X: ValueError.
     """
-    g_A, g_B = _Adjuster(lora_A, lora_B, scaling, delta)(grad_A, grad_B, X)
-    return g_A.to(grad_A.dtype), g_B.to(grad_B.dtype)
+    return _Adjuster(lora_A, lora_B, scaling, delta)(grad_A, grad_B, X)
 
 
 class LoraProAdamW(PairOptimizer):
@@ -157,12 +164,12 @@ class LoraProAdamW(PairOptimizer):
         adjuster = _Adjuster(A, B, batch.scaling, self.delta)
         corrections = self._bias_corrections(batch, rows, group["betas"])
         if self.mode == "full":
-            g_A, g_B = (g.to(A.dtype) for g in adjuster(grad_A, grad_B, "zero"))
+            g_A, g_B = adjuster(grad_A, grad_B, "zero")
             moments = self._moments(batch, batch.lora_B[0], rows)
             grad_A, grad_B = _through_moments(A, B, g_A, g_B, batch.scaling, moments, corrections, group)
             g_A, g_B = adjuster(grad_A, grad_B, self.X)
         else:
-            g_A, g_B = (g.to(A.dtype) for g in adjuster(grad_A, grad_B, self.X))
+            g_A, g_B = adjuster(grad_A, grad_B, self.X)
             first, second = corrections
             for g, key in ((g_A, batch.lora_A[0]), (g_B, batch.lora_B[0])):
                 moments = self._moments(batch, key, rows)
@@ -189,6 +196,12 @@ def _through_moments(
     """
     n, d_out, d_in = moments[0].shape
     first, second = corrections
+    bias = second / first  # (n, 1, 1), of u: applied to the results, where it costs a factor and not a weight
+    if fits(moments[0], A):
+        left, right = scaling * torch.cat([B, g_B], dim=-1), torch.cat([g_A, A], dim=-2)
+        found = through_moments(left, right, *moments, group["betas"], (group["eps"] * second).flatten())
+        if found is not None:
+            return found[0] * bias, found[1] * (scaling * bias)
     chunk = CHUNK_BYTES_CPU if A.device.type == "cpu" else CHUNK_BYTES
     layers = max(1, chunk // (A.element_size() * d_out * d_in))
     grad_A, grad_B = torch.empty_like(A), torch.empty_like(B)
@@ -198,5 +211,4 @@ def _through_moments(
         adam_direction_(u, moments[0][part], moments[1][part], group["betas"], group["eps"] * second[part])
         torch.bmm(B[part].mT, u, out=grad_A[part])
         torch.bmm(u, A[part].mT, out=grad_B[part])
-    bias = scaling * second / first  # (n, 1, 1), of u: applied here, where it costs a factor and not a weight
-    return grad_A * bias, grad_B * bias
+    return grad_A * (scaling * bias), grad_B * (scaling * bias)
