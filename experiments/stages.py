@@ -33,6 +33,7 @@ from lora_ga.gradients import cached_gradients, estimate_gradients
 from lora_ga.losses import held_out_loss, mean_token_loss, scored_logits
 from lora_ga.low_rank import Gradient
 from lora_ga.models import Loaded
+from lora_ga.precast import precast
 from lora_ga.records import RunRecord, capture_environment, content_hash, record_name, write_record
 from lora_ga.training import Diverged, Resume, Stopped, adapter_report, train
 
@@ -89,16 +90,17 @@ class Gradients:
         }
 
         def estimate() -> dict[str, Gradient]:
-            return estimate_gradients(
-                self.loaded.model,
-                batches,
-                layers,
-                lambda model, batch: mean_token_loss(model, batch, config.train.autocast_dtype),
-                seed=DROPOUT_SEED,
-                dropout=settings.dropout,
-                shares=shares,
-                accumulator=settings.accumulator(k),
-            )
+            with precast(self.loaded.model, config.train.autocast_dtype):
+                return estimate_gradients(
+                    self.loaded.model,
+                    batches,
+                    layers,
+                    lambda model, batch: mean_token_loss(model, batch, config.train.autocast_dtype),
+                    seed=DROPOUT_SEED,
+                    dropout=settings.dropout,
+                    shares=shares,
+                    accumulator=settings.accumulator(k),
+                )
 
         gradients, cached = cached_gradients(key, cache_folder("gradients") if settings.cache else None, estimate)
         self.report = {**key, "from_cache": cached, "rows_used": sum(len(b["labels"]) for b in batches)}

@@ -46,6 +46,11 @@ def _orthonormal(columns: torch.Tensor) -> torch.Tensor:
     return torch.linalg.qr(columns)[0]
 
 
+def _transposed_product(tall: torch.Tensor, thin: torch.Tensor) -> torch.Tensor:
+    """tall^T thin (n, k), float32, of tall (T, n) and thin (T, k): in bfloat16 on a CPU the other order is slow."""
+    return (thin.mT @ tall).mT.float()
+
+
 def _find(times: Product, transposed: Product, start: torch.Tensor, power_iterations: int) -> LowRank:
     """The rank-k truncation of a matrix known by its products, begun from `start` (d_in, k)."""
     Q = _orthonormal(times(start))  # (d_out, k)
@@ -117,12 +122,16 @@ class _Truncated(Accumulator):
 
     def begin(self, shapes: Shapes) -> None:
         super().begin(shapes)
-        self.generator = torch.Generator(engine_device()).manual_seed(self.seed)
+        generator = torch.Generator(engine_device()).manual_seed(self.seed)
+        # One for all layers of a width: drawing anew for each would cost as much as its products.
+        self.starts = {
+            d_in: torch.randn(d_in, min(self.k, d_in), generator=generator, device=engine_device())
+            for d_in in sorted({d_in for _, d_in in shapes.values()})
+        }
 
     def _start(self, name: str) -> torch.Tensor:
         d_out, d_in = self.shapes[name]
-        size = (d_in, min(self.k, d_out, d_in))
-        return torch.randn(size, generator=self.generator, device=engine_device())
+        return self.starts[d_in][:, : min(self.k, d_out)]  # (d_in, k)
 
 
 @dataclass
@@ -139,11 +148,11 @@ class Incremental(_Truncated):
         old, X = self.kept.get(name), X.to(D.dtype)
 
         def times(V: torch.Tensor) -> torch.Tensor:
-            new = (D.mT @ (X @ V.to(X.dtype))).float()  # (d_out, k)
+            new = _transposed_product(D, X @ V.to(X.dtype))  # (d_out, k)
             return new if old is None else new.addmm_(old.left, old.right @ V)
 
         def transposed(Q: torch.Tensor) -> torch.Tensor:
-            new = (X.mT @ (D @ Q.to(D.dtype))).float()  # (d_in, k)
+            new = _transposed_product(X, D @ Q.to(D.dtype))  # (d_in, k)
             return new if old is None else new.addmm_(old.right.mT, old.left.mT @ Q)
 
         self.kept[name] = _find(times, transposed, self._start(name), self.power_iterations)
@@ -180,7 +189,7 @@ class Sketch(_Truncated):
     def add(self, name: str, D: torch.Tensor, X: torch.Tensor) -> None:
         X = X.to(D.dtype)
         first, second = (X, D) if self.ended % 2 == 0 else (D, X)
-        part = (second.mT @ (first @ self.basis[name].to(first.dtype))).float()
+        part = _transposed_product(second, first @ self.basis[name].to(first.dtype))
         self.sums[name] = self.sums[name].add_(part) if name in self.sums else part
 
     def end_pass(self) -> None:

@@ -56,6 +56,8 @@ def case(overrides: Sequence[str]) -> tuple[RunConfig, Gradients]:
     """A LoRA-GA run's configuration, its model and its rows."""
     config = load_config(["method=lora_ga", "train.gradient.cache=false", *overrides])
     loaded = load_model(config.model)
+    for parameter in loaded.model.parameters():
+        parameter.sum()  # what is mapped from a file is read when it is first touched: it is not of the start
     return config, Gradients(config, loaded, Encoded.of(config, loaded, Rows.load(config)))
 
 
