@@ -10,7 +10,7 @@ import torch
 
 from lora_ga.engines import Engine
 from lora_ga.training import Resume
-from tests.engines.training_worker import METHODS, training
+from tests.engines.training_worker import METHODS, of
 from tests.oracles.lora_pro_dense import DensePro
 
 pytestmark = pytest.mark.slow
@@ -22,6 +22,7 @@ TRAININGS = [*(f"causal {name}" for name in ON_LLAMA), *(f"seq2seq {name}" for n
 DORA = "causal dora"
 SOME_REFUSE = {"ddp": (DORA, "causal adalora"), "zero0": (DORA,), "zero2": (DORA,), "zero3": ()}
 WITH_AUTOCAST = "causal lora bfloat16"
+FACTORED = ["causal lora_ga sketch", "causal lora_ga incremental", "causal lora_one incremental"]
 # float32: sums in another order, over 4 steps; Adam divides by small second moments
 LOSS, FACTOR = 2e-5, 2e-3
 
@@ -30,11 +31,8 @@ LOSS, FACTOR = 2e-5, 2e-3
 def alone(tmp_path_factory):
     """Every training in one process."""
     folder = tmp_path_factory.mktemp("alone")
-    wanted = [*TRAININGS, *SOME_REFUSE["ddp"]]
-    found = {which: training(*which.split(), Engine(), Resume(folder)) for which in wanted}
-    architecture, name, autocast = WITH_AUTOCAST.split()
-    found[WITH_AUTOCAST] = training(architecture, name, Engine(), Resume(folder), autocast=autocast)
-    return found
+    wanted = [*TRAININGS, *SOME_REFUSE["ddp"], WITH_AUTOCAST, *FACTORED]
+    return {which: of(which, Engine(), Resume(folder)) for which in wanted}
 
 
 @pytest.fixture(scope="session", params=ENGINES)
@@ -43,7 +41,7 @@ def together(request, processes, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     kind, stage = ENGINES[request.param]
     worker = Path(__file__).with_name("training_worker.py")
-    wanted = [*TRAININGS, *SOME_REFUSE[request.param], WITH_AUTOCAST]
+    wanted = [*TRAININGS, *SOME_REFUSE[request.param], WITH_AUTOCAST, *FACTORED]
     processes(2, worker, [kind, str(stage), str(folder), *wanted], folder)
     return request.param, *(torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1))
 
@@ -89,6 +87,21 @@ def test_starts_are_those_of_one_process(alone, together):
             for one, mine, others in zip(factors, *ranks, strict=True):
                 assert torch.equal(mine, others)
                 torch.testing.assert_close(mine, one, rtol=1e-3, atol=1e-5)
+
+
+def test_factors_of_the_gradient_are_put_together_from_all_ranks(alone, together):
+    """A sketch adds up; merged factors are another approximation on two ranks, of the same gradient."""
+    _, first, second = together
+    for which in FACTORED:
+        for name, (A, B) in first[which]["start"].items():
+            others = second[which]["start"][name]
+            assert torch.equal(A, others[0]) and torch.equal(B, others[1])
+            for mine, one in zip(
+                (A, B.mT), (alone[which]["start"][name][0], alone[which]["start"][name][1].mT), strict=True
+            ):
+                overlap = torch.linalg.matrix_norm(mine @ one.mT) / torch.linalg.matrix_norm(mine @ mine.mT)
+                assert overlap > (0.999 if which.endswith("sketch") else 0.9), (which, name)
+        assert losses(first[which]) == losses(second[which])
 
 
 def test_everything_trained_is_whole_and_equal(alone, together):

@@ -20,7 +20,7 @@ from lora_ga.data.encoding import Collator, EncodedRow, EncodedRows
 from lora_ga.engines import Engine, joined, rank, runnable
 from lora_ga.gradients import estimate_gradients
 from lora_ga.losses import mean_token_loss
-from lora_ga.low_rank import Gradient, Incremental
+from lora_ga.low_rank import Exact, Gradient, Incremental, Sketch
 from lora_ga.methods.adalora import AdaLora
 from lora_ga.methods.base import Setup
 from lora_ga.methods.full_ft import FullFinetune
@@ -114,7 +114,7 @@ def training(
     autocast: str | None = None,
     dropout: float = 0.0,
     epochs: int = 1,
-    incremental: bool = False,
+    kept: str | None = None,
 ) -> dict[str, Any]:
     """Train one method; everything a test compares."""
     unset_hf_deepspeed_config()  # of the training before this one
@@ -125,8 +125,8 @@ def training(
     layers = target_linears(model, TARGETS[architecture])
 
     def gradients(k: int) -> dict[str, Gradient]:
-        kept = Incremental(k) if incremental else None
-        return estimate_gradients(model, batches, layers, mean_token_loss, seed=0, accumulator=kept)
+        accumulator = {None: Exact, "incremental": lambda: Incremental(k), "sketch": lambda: Sketch(k)}[kept]()
+        return estimate_gradients(model, batches, layers, mean_token_loss, seed=0, accumulator=accumulator)
 
     with runnable(model, engine):
         setup = Setup(target_modules=TARGETS[architecture], gradients=gradients, seed=0, total_steps=4 * epochs)
@@ -170,16 +170,22 @@ def training(
     }
 
 
+def of(which: str, engine: Engine, resume: Resume) -> dict[str, Any]:
+    """The training "architecture method", with a third word for autocast or for what is kept of the gradient."""
+    architecture, name, *more = which.split()
+    (word,) = more or [None]
+    return training(
+        architecture, name, engine, resume, **({"autocast": word} if word == "bfloat16" else {"kept": word})
+    )
+
+
 def main(engine: Engine, wanted: list[str], folder: Path) -> None:
-    """Every wanted training ("architecture method" or "architecture method autocast"), one after another."""
+    """Every wanted training, as `of` reads it, one after another."""
     torch.set_num_threads(1)
     with joined(engine):
         found = {}
         for which in wanted:
-            architecture, name, *autocast = which.split()
-            found[which] = training(
-                architecture, name, engine, Resume(folder / "out"), autocast=autocast[0] if autocast else None
-            )
+            found[which] = of(which, engine, Resume(folder / "out"))
         torch.save(found, folder / f"{rank()}.pt")
 
 
