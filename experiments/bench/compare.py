@@ -18,7 +18,7 @@ INCREMENTAL = ["train.gradient.mode=incremental", "train.gradient.rows_at_once=2
 
 
 def _starts(model: list[str], *, peft: bool = True) -> dict[str, Callable[[], Measured]]:
-    """The start as configured, ours from factors first, and the others in float32 too, which is what they default to."""
+    """The start as configured, ours from factors first, and the others in float32 too, their default."""
     sides: dict[str, Callable[[], Measured]] = {
         "incremental": partial(starts.ours, [*model, *INCREMENTAL]),
         "exact": partial(starts.ours, model),

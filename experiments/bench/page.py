@@ -7,6 +7,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+FAST = ("plain, float32", "PEFT, float32", "plain", "PEFT")
+LOOPS = ("stock, fixed length, float32", "stock, dynamic, float32", "stock, dynamic, bf16")
+HEADLINES: Mapping[str, Sequence[str]] = {
+    "start-smollm2": FAST,
+    "start-t5-base": FAST,
+    "start-llama-1b": ("plain",),
+    "lora_pro-full": ("per layer, pinv and eig", "two moments read and written"),
+    "lora_pro-efficient": ("fused AdamW and the small matrices",),
+    "preconditioned": ("PEFT's Riemannian",),
+    "train-movies": LOOPS,
+    "train-word_problems": LOOPS,
+    "answers": ("one by one",),
+}
+
 
 def _number(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
@@ -36,6 +50,30 @@ def lines(name: str, found: Mapping[str, Any]) -> list[str]:
     return [f"## {name}", "", f"{found['what']}; {repeats}.", "", *table, ""]
 
 
+def _pace(median: Mapping[str, float]) -> float:
+    """Seconds, or where the side tells its tokens a second, seconds a token."""
+    return 1 / median["tokens_per_second"] if "tokens_per_second" in median else median["seconds"]
+
+
+def summary(known: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """How many times our time, and our extra memory, the peers take; comparisons that have not been run are left out."""
+    table = ["| what | beside | its time / ours | its extra memory / ours |", "| :--- | :--- | ---: | ---: |"]
+    for name, sides in HEADLINES.items():
+        medians = known[name]["medians"] if name in known else {}
+        ours = next(iter(medians.values()), {})
+        for side in sides if ours else ():
+            time = f"{_pace(medians[side]) / _pace(ours):.2f}"
+            memory = f"{medians[side]['extra_mb'] / ours['extra_mb']:.2f}"
+            table.append(f"| {known[name]['what']} | {side} | {time} | {memory} |")
+    return table
+
+
+def read(folder: Path, order: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The comparisons that have been run, by name."""
+    paths = {name: folder / f"{name}.json" for name in order}
+    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+
+
 def machine(found: Mapping[str, Any]) -> str:
     """One line on where and with what it was measured."""
     environment = found["environment"]
@@ -48,9 +86,7 @@ def machine(found: Mapping[str, Any]) -> str:
 
 def page(folder: Path, order: Sequence[str]) -> str:
     """All comparisons that have been run."""
-    known = {
-        name: json.loads((folder / f"{name}.json").read_text()) for name in order if (folder / f"{name}.json").exists()
-    }
+    known = read(folder, order)
     machines: dict[str, list[str]] = {}
     for name, found in known.items():
         machines.setdefault(machine(found), []).append(name)
@@ -61,6 +97,8 @@ def page(folder: Path, order: Sequence[str]) -> str:
         "extra MB is how far the process's peak rose above where the work began; the first line is ours.",
         "",
         *(f"- {where}: {', '.join(names)}" for where, names in machines.items()),
+        "",
+        *summary(known),
         "",
     ]
     return "\n".join([*head, *(line for name, found in known.items() for line in lines(name, found))])
