@@ -53,6 +53,16 @@ T = TypeVar("T")
 
 
 GROUPS = ("scale", "model", "task", "protocol", "scoring", "method", "train", "eval", "launcher", "logger", "seeds")
+# Keys that came after the first records, with what was the case before: at these values they are no part of an id.
+LATER = {"alignment_every": None}
+LATER_GRADIENT = {
+    "rows_at_once": None,
+    "mode": "exact",
+    "device": "cpu",
+    "dtype": "float32",
+    "power_iterations": 1,
+    "passes": 2,
+}
 MEANS = ("batch_size", "generation_batch_size", "run_code", "code_workers")  # keys of eval that change no number
 
 
@@ -106,8 +116,7 @@ class RunConfig:
     def _trained_part(self) -> dict[str, Any]:
         raw = self.resolved
         part = {key: raw[key] for key in ("scale", "model", "method", "train")}
-        if self.train.alignment_every is None:  # not there when the first records were made
-            part["train"] = {key: value for key, value in raw["train"].items() if key != "alignment_every"}
+        part["train"] = {**_but(raw["train"], LATER), "gradient": _but(raw["train"]["gradient"], LATER_GRADIENT)}
         part["seeds"] = {key: raw["seeds"][key] for key in ("data", "adapter")}
         part["task"] = {key: raw["task"][key] for key in ("name", "source", "sizes", "max_length")}
         part["task"]["max_tokens"] = self.task.max_tokens
@@ -131,6 +140,10 @@ class RunConfig:
     @property
     def records_folder(self) -> Path:
         return self.records / f"{self.experiment_name}-{self.scale}"
+
+
+def _but(values: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in usual or value != usual[key]}
 
 
 def build(kind: type[T], values: Mapping[str, Any], where: str) -> T:

@@ -18,6 +18,8 @@ from lora_ga.adapters import target_linears
 from lora_ga.errors import SetupError
 from lora_ga.methods.adalora import AdaLora
 from lora_ga.methods.lora import Lora
+from lora_ga.methods.lora_ga import LoraGA
+from lora_ga.methods.lora_one import LoraOne
 from lora_ga.models import DTYPES, skeleton
 from lora_ga.optim.lora_pro import CHUNK_BYTES_CPU
 from lora_ga.optim.steps import MOMENT_DTYPES, LoraPro, Scaled
@@ -145,12 +147,15 @@ def _moving(config: RunConfig, model: Model) -> int:
 
 
 def _start(config: RunConfig, model: Model) -> int:
-    """Bytes of the one-step gradient: float32, of all targets at once, and one more that is being made."""
-    if not config.method.needs_gradients:
+    """Bytes of the one-step gradient: of all targets at once, whole or in factors, and two more that are being made."""
+    method, settings = config.method, config.gradient
+    if not isinstance(method, LoraGA | LoraOne):
         return 0
-    one = max(d_out * d_in for d_out, d_in in model.targets)
-    rows = config.gradient.batch_size
-    return FLOAT32 * (model.target_weights + 2 * one) + activations(config, model, rows, everything=False)
+    k = method.gradient_columns
+    sizes = [d_out * d_in if settings.mode == "exact" else k * (d_out + d_in) for d_out, d_in in model.targets]
+    kept = (DTYPES[settings.dtype].itemsize if settings.mode == "exact" else FLOAT32) * sum(sizes)
+    rows = min(settings.batch_size, settings.rows_at_once or settings.batch_size)
+    return kept + 2 * FLOAT32 * max(sizes) + activations(config, model, rows, everything=False)
 
 
 def estimate(config: RunConfig, model: Model, launcher: str, ranks: int) -> Estimate:

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from experiments.bench.compare import comparisons
+from experiments.bench.page import page as bench_page
+from experiments.bench.page import read, summary
 from experiments.config import load_config
 from experiments.launch import run_overrides
 from experiments.plan import expand
@@ -98,3 +101,9 @@ def test_the_costs_are_the_committed_ones() -> None:
     header, *lines = lines_of("glue", "Cost, mean over finished runs")
     alone = [" | ".join(line[:6]).replace(" [2]", "") for line in [header, *lines] if "[1]" not in line[0]]
     assert len(alone) == 6 and [line for line in alone if f"| {line} |" not in README] == []
+
+
+def test_the_table_of_ratios_is_that_of_the_committed_measurements():
+    known = read(ROOT / "results" / "bench", list(comparisons()))
+    assert known and "\n".join(summary(known)) in README
+    assert bench_page(ROOT / "results" / "bench", list(comparisons())) == (ROOT / "results/bench/README.md").read_text()

@@ -56,12 +56,12 @@ def _pace(median: Mapping[str, float]) -> float:
 
 
 def summary(known: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """How many times our time, and our extra memory, the peers take; comparisons that have not been run are left out."""
+    """How many times our time, and our extra memory, the peers take; what has not been run is left out."""
     table = ["| what | beside | its time / ours | its extra memory / ours |", "| :--- | :--- | ---: | ---: |"]
     for name, sides in HEADLINES.items():
         medians = known[name]["medians"] if name in known else {}
-        ours = next(iter(medians.values()), {})
-        for side in sides if ours else ():
+        for side in sides if medians else ():
+            ours = next(iter(medians.values()))
             time = f"{_pace(medians[side]) / _pace(ours):.2f}"
             memory = f"{medians[side]['extra_mb'] / ours['extra_mb']:.2f}"
             table.append(f"| {known[name]['what']} | {side} | {time} | {memory} |")

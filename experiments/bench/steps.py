@@ -43,7 +43,7 @@ def pairs(layers: Sequence[tuple[int, int]], r: int) -> Pairs:
 
 
 def _measure(make: Callable[[], Callable[[], Any]]) -> Measured:
-    """Of the step that `make` gives; what an optimizer keeps counts as extra memory, made at the first step or before."""
+    """Of the step that `make` gives; what an optimizer keeps counts as extra memory, whenever it makes it."""
     made: list[Callable[[], Any]] = []
 
     def work() -> None:

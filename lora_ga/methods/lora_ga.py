@@ -112,9 +112,14 @@ class LoraGA(Lora):
         """A and B take disjoint directions, so 2r of them must exist."""
         return 2 * self.r
 
+    @property
+    def gradient_columns(self) -> int:
+        """How many directions of each gradient the start asks for."""
+        return TruncatedSVD(self.svd_oversampling).columns(2 * self.r)
+
     def prepare(self, model: nn.Module, setup: Setup) -> nn.Module:
         svd = TruncatedSVD(self.svd_oversampling, self.svd_niter, setup.seed)
-        gradients = setup.gradients(svd.columns(2 * self.r))
+        gradients = setup.gradients(self.gradient_columns)
         model = attach_lora(model, self.peft_config(setup), setup.seed)
         generator = torch.Generator().manual_seed(setup.seed)
         for pair in adapter_pairs(model):

@@ -42,9 +42,14 @@ class LoraOne(Lora):
     step0: ClassVar[Literal["identity", "shift"]] = "shift"
     needs_gradients: ClassVar[bool] = True
 
+    @property
+    def gradient_columns(self) -> int:
+        """How many directions of each gradient the start asks for."""
+        return TruncatedSVD(self.svd_oversampling).columns(self.r)
+
     def prepare(self, model: nn.Module, setup: Setup) -> nn.Module:
         svd = TruncatedSVD(self.svd_oversampling, self.svd_niter, setup.seed)
-        gradients = setup.gradients(svd.columns(self.r))
+        gradients = setup.gradients(self.gradient_columns)
         model = attach_lora(model, self.peft_config(setup), setup.seed)
         for pair in adapter_pairs(model):
             set_factors(pair, *lora_one_factors(gradients[pair.name], self.r, stable_gamma=self.stable_gamma, svd=svd))

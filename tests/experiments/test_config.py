@@ -12,9 +12,10 @@ import sys
 
 import pytest
 
-from experiments.config import CONF, ROOT, compose_config, load_config, parse, resolve
+from experiments.config import CONF, LATER, LATER_GRADIENT, ROOT, compose_config, load_config, parse, resolve
 from experiments.run import run
 from lora_ga.errors import SetupError
+from lora_ga.records import content_hash
 
 TINY = ["model=llama_tiny", "task=movies"]
 GROUPS = {
@@ -154,6 +155,9 @@ def refusal(overrides):
         (["task.sizes.test=0"], "test"),
         (["train.max_steps=-1"], "train.max_steps=-1"),
         (["train.alignment_every=0"], "train.alignment_every=0"),
+        (["train.gradient.passes=3"], "train.gradient.passes=3"),
+        (["train.gradient.mode=guess"], "train.gradient.mode=guess"),
+        (["train.gradient.rows_at_once=0"], "train.gradient.rows_at_once=0"),
         (["train.alignment_every=4", "method=dora"], "alignment_every"),
         (["train.alignment_every=4", "method=adalora"], "alignment_every"),
         (["train.global_batch_size=10", "train.per_device_train_batch_size=4"], "divisor"),
@@ -226,6 +230,8 @@ def test_the_command_line_ends_with_code_2_and_one_line(overrides, tmp_path):
         "train.autocast=null",
         "train.gradient.batches=2",
         "train.alignment_every=4",  # its record holds more
+        "train.gradient.mode=incremental",
+        "train.gradient.rows_at_once=2",
         "model.dtype=bfloat16",
         "model=t5_tiny",
         "task=reply",
@@ -270,11 +276,13 @@ def test_the_run_id_is_the_same_in_every_process_and_order(plain):
     assert re.fullmatch(r"[0-9a-f]{12}", plain.run_id)
 
 
-def test_a_run_without_measured_steps_is_the_run_it_was_before_they_could_be(plain):
-    older = {key: value for key, value in plain.resolved["train"].items() if key != "alignment_every"}
-    assert "alignment_every" in plain.resolved["train"]
-    before = parse({**plain.resolved, "train": older})
-    assert (before.run_id, before.train_id) == (plain.run_id, plain.train_id)
+def test_keys_that_came_later_are_no_part_of_a_run_that_does_not_use_them(plain):
+    train = plain.resolved["train"]
+    gradient = {key: train["gradient"][key] for key in ("batch_size", "batches", "dropout", "cache")}
+    older = {key: value for key, value in train.items() if key not in LATER} | {"gradient": gradient}
+    assert set(LATER) | set(LATER_GRADIENT) == (set(train) - set(older)) | (set(train["gradient"]) - set(gradient))
+    part = {**plain._trained_part, "train": older}
+    assert content_hash(part) == plain.train_id
 
 
 def test_the_protocol_hash_is_that_of_the_whole_protocol(plain):
