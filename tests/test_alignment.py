@@ -152,7 +152,7 @@ def trained(tiny, targets, collators, random_rows, tmp_path):
         names = target_linears(model, targets[architecture])
         batches = [collators[architecture](rows.rows[:8])]
 
-        def gradients():
+        def gradients(k):
             return estimate_gradients(model, batches, names, mean_token_loss, seed=0)
 
         setup = Setup(targets[architecture], gradients, seed=0, total_steps=6, full_precision=full_precision)

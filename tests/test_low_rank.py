@@ -112,7 +112,8 @@ def test_memory_is_that_of_the_factors(kind):
         for item in value.values() if isinstance(value, dict) else ():
             held += [item.left, item.right] if isinstance(item, LowRank) else [item]
     elements = sum(item.numel() for item in held if isinstance(item, torch.Tensor))
-    assert 0 < elements <= (d_out + d_in) * k < d_out * d_in / 8
+    # and the random start, which all layers of a width share
+    assert 0 < elements <= (d_out + 2 * d_in) * k < d_out * d_in / 7
 
 
 def test_bfloat16_products_keep_the_directions():
