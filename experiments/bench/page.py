@@ -31,11 +31,14 @@ def rows(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     medians: Mapping[str, Mapping[str, float]] = found["medians"]
     first = next(iter(medians.values()))
     facts = [key for key in first if key not in ("seconds", "extra_mb")]
-    header = ["", "seconds", "times ours", "extra MB", "times ours", *(key.replace("_", " ") for key in facts)]
+    of_quality = "least_share" in first  # such a comparison is not one of time, and may be run beside other work
+    costs = () if of_quality else ("seconds", "extra_mb")
+    names = [] if of_quality else ["seconds", "times ours", "extra MB", "times ours"]
+    header = ["", *names, *(key.replace("_", " ") for key in facts)]
     body = []
     for side, median in medians.items():
         cells = []
-        for key in ("seconds", "extra_mb"):
+        for key in costs:
             ratio = median[key] / first[key] if first[key] > 0 else float("nan")
             cells += [_number(median[key]), f"{ratio:.2f}" if ratio == ratio else "-"]
         body.append([side, *cells, *(f"{median[key]:.4g}" for key in facts)])
