@@ -52,7 +52,7 @@ def trained(tiny, targets, random_rows, collators, tmp_path):
     def run(method, architecture, name):
         model = tiny(architecture, dropout=0.1)
 
-        def gradients():
+        def gradients(k):
             generator = torch.Generator().manual_seed(0)
             layers = target_linears(model, targets[architecture])
             return {name: torch.randn(layer.weight.shape, generator=generator) for name, layer in layers.items()}
