@@ -11,6 +11,7 @@ from experiments.report.drawing import style
 from experiments.report.figures import Curve, Kinds, draw
 from experiments.report.grid import Grid
 from experiments.report.sections import Section
+from experiments.report.traced import traced
 from lora_ga.records import RunRecord
 
 QUANTITIES = {"alignment": "alignment", "captured": "captured energy"}
@@ -44,11 +45,12 @@ def alignment(grid: Grid, name: str) -> tuple[Section | None, dict[str, Figure]]
     for task in grid.tasks:
         for row in grid.rows:
             runs = row.tasks[task]
-            measured = [] if runs.repeated_seeds else [entry.record for entry in runs.finished]
-            curves = [[curve(record) for record in measured] for curve in CURVES.values()]
+            measured = [] if runs.repeated_seeds else list(runs.finished)
+            curves = [[curve(entry.record) for entry in measured] for curve in CURVES.values()]
             seeds = sum(any(both) for both in zip(*curves, strict=True))
             if seeds:
-                body.append([row.label, task, str(seeds), *(text for each in curves for text in _numbers(each))])
+                texts = [str(seeds), *(text for each in curves for text in _numbers(each))]
+                body.append([row.label, task, *traced(texts, measured)])
         with style():
             figure = draw(grid, task, drawn=CURVES)
         if figure is not None:
