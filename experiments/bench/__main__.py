@@ -45,8 +45,8 @@ def _settings(arguments: Sequence[str], known: Sequence[str]) -> tuple[list[str]
 
 def processor() -> str:
     """The CPU's name, as Linux has it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+    cpus = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in cpus if line.startswith("model name")), "unknown")
 
 
 def child(comparison: str, side: str) -> dict[str, Any]:
@@ -90,12 +90,18 @@ def main(arguments: Sequence[str]) -> int:
         known = comparisons()
         wanted, repeats, out = _settings(arguments, list(known))
         out.mkdir(parents=True, exist_ok=True)
+        failed = 0
         for name in wanted:
-            found = run(name, known[name], repeats)
+            try:
+                found = run(name, known[name], repeats)
+            except RuntimeError as error:  # the other comparisons are worth their time all the same
+                log.error("%s", error)
+                failed += 1
+                continue
             write_atomic(out / f"{name}.json", json.dumps(found, indent=1) + "\n")
             print("\n".join(lines(name, found)), flush=True)
             write_atomic(out / "README.md", page(out, list(known)))
-    return 0
+    return int(failed > 0)
 
 
 if __name__ == "__main__":

@@ -14,19 +14,20 @@ from experiments.bench.measure import Measured
 
 SMOLLM2 = ["task=word_problems"]
 FLOAT32 = "train.autocast=null"
-INCREMENTAL = ["train.gradient.mode=incremental", "train.gradient.rows_at_once=2"]
+IN_PARTS = "train.gradient.rows_at_once=2"
+# Without power iterations: the kept-* comparisons show what they would add.
+INCREMENTAL = ["train.gradient.mode=incremental", "train.gradient.power_iterations=0"]
 
 
-def _starts(
-    model: list[str], *, peft: bool = True, factors: Sequence[str] = tuple(INCREMENTAL)
-) -> dict[str, Callable[[], Measured]]:
-    """The start as configured, ours from factors first, and the others in float32 too, their default."""
+def _starts(model: list[str], *, peft: bool = True, parts: Sequence[str] = ()) -> dict[str, Callable[[], Measured]]:
+    """The start from factors and from whole matrices, and the others', which compute in float32 unless told."""
     sides: dict[str, Callable[[], Measured]] = {
-        "incremental": partial(starts.ours, [*model, *factors]),
+        "incremental": partial(starts.ours, [*model, *INCREMENTAL, *parts]),
         "exact": partial(starts.ours, model),
         "plain": partial(starts.plain, model),
     }
     if peft:
+        sides["incremental, float32"] = partial(starts.ours, [*model, *INCREMENTAL, *parts, FLOAT32])
         sides["PEFT"] = partial(starts.peft, model)
         sides["plain, float32"] = partial(starts.plain, [*model, FLOAT32])
         sides["PEFT, float32"] = partial(starts.peft, [*model, FLOAT32])
@@ -44,12 +45,12 @@ class Comparison:
 
 def _kept(task: str) -> dict[str, Callable[[], Measured]]:
     ways = {
-        "incremental, 1 power iteration": ("incremental", []),
-        "incremental, none": ("incremental", ["train.gradient.power_iterations=0"]),
-        "sketch, 2 passes": ("sketch", []),
-        "sketch, 4 passes": ("sketch", ["train.gradient.passes=4"]),
+        "incremental": [*INCREMENTAL, IN_PARTS],
+        "incremental, 1 power iteration": [*INCREMENTAL, IN_PARTS, "train.gradient.power_iterations=1"],
+        "sketch, 2 passes": ["train.gradient.mode=sketch"],
+        "sketch, 4 passes": ["train.gradient.mode=sketch", "train.gradient.passes=4"],
     }
-    return {name: partial(starts.kept_energy, [f"task={task}", *more], mode) for name, (mode, more) in ways.items()}
+    return {name: partial(starts.kept_energy, [f"task={task}"], way) for name, way in ways.items()}
 
 
 def _training(task: str) -> dict[str, Callable[[], Measured]]:
@@ -83,7 +84,7 @@ def _scaling(axis: str) -> dict[str, Callable[[], Measured]]:
         f"{way} {axis}={value}": partial(side, [*given, *more])
         for value, given in SCALED[axis].items()
         for way, side, more in (
-            ("incremental", starts.ours, INCREMENTAL),
+            ("incremental", starts.ours, [*INCREMENTAL, IN_PARTS]),
             ("plain", starts.plain, []),
         )
     }
@@ -102,32 +103,35 @@ def _step_scaling() -> dict[str, Callable[[], Measured]]:
 
 def _optimizers() -> dict[str, Comparison]:
     """One step of each optimizer on the adapters of SmolLM2-135M."""
-    layers = steps.shapes(["model=smollm2_135m"])
+
+    def on(side: Callable[..., Measured], *more: object) -> Callable[[], Measured]:
+        return lambda: side(steps.shapes(["model=smollm2_135m"]), *more)
+
     return {
         "lora_pro-full": Comparison(
             "LoRA-Pro's full step on SmolLM2-135M's adapters, r = 8",
             {
-                "ours": partial(steps.lora_pro, layers, 8, "full"),
-                "per layer, pinv and eig": partial(steps.per_layer_lora_pro, layers, 8),
-                "two moments read and written": partial(steps.floor, layers),
-                "its multiplications as one matrix product": partial(steps.multiplications, layers, 8),
-                "fused AdamW": partial(steps.adamw, layers, 8),
+                "ours": on(steps.lora_pro, 8, "full"),
+                "per layer, pinv and eig": on(steps.per_layer_lora_pro, 8),
+                "two moments read and written": on(steps.floor),
+                "its multiplications as one matrix product": on(steps.multiplications, 8),
+                "fused AdamW": on(steps.adamw, 8),
             },
         ),
         "lora_pro-efficient": Comparison(
             "LoRA-Pro's efficient step on SmolLM2-135M's adapters, r = 8",
             {
-                "ours": partial(steps.lora_pro, layers, 8, "efficient"),
-                "fused AdamW and the small matrices": partial(steps.adamw_and_grams, layers, 8),
-                "fused AdamW": partial(steps.adamw, layers, 8),
+                "ours": on(steps.lora_pro, 8, "efficient"),
+                "fused AdamW and the small matrices": on(steps.adamw_and_grams, 8),
+                "fused AdamW": on(steps.adamw, 8),
             },
         ),
         "preconditioned": Comparison(
             "preconditioned AdamW's step on SmolLM2-135M's adapters, r = 8",
             {
-                "ours": partial(steps.scaled, layers, 8),
-                "PEFT's Riemannian": partial(steps.riemannian, layers, 8),
-                "fused AdamW": partial(steps.adamw, layers, 8),
+                "ours": on(steps.scaled, 8),
+                "PEFT's Riemannian": on(steps.riemannian, 8),
+                "fused AdamW": on(steps.adamw, 8),
             },
         ),
     }
@@ -136,11 +140,12 @@ def _optimizers() -> dict[str, Comparison]:
 def comparisons() -> dict[str, Comparison]:
     """All of them, in the order they run."""
     return {
-        "start-smollm2": Comparison("LoRA-GA's start of SmolLM2-135M, 32 word problems", _starts(SMOLLM2), 2),
+        "start-smollm2": Comparison(
+            "LoRA-GA's start of SmolLM2-135M, 32 word problems", _starts(SMOLLM2, parts=[IN_PARTS]), 2
+        ),
         "start-t5-base": Comparison(
             "LoRA-GA's start of T5-Base's shape (random weights), 32 film reviews",
-            # reviews are short: in parts, each would be merged for a few tokens
-            _starts([*starts.T5_BASE, "task=movies"], factors=INCREMENTAL[:1]),
+            _starts([*starts.T5_BASE, "task=movies"]),  # reviews are short: parts would be merged for a few tokens
             2,
         ),
         "start-llama-1b": Comparison(

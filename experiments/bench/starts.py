@@ -52,9 +52,13 @@ LLAMA_1B = [
 Batch = dict[str, torch.Tensor]
 
 
+def _config(overrides: Sequence[str]) -> RunConfig:
+    return load_config(["method=lora_ga", "train.gradient.cache=false", *overrides])
+
+
 def case(overrides: Sequence[str]) -> tuple[RunConfig, Gradients]:
     """A LoRA-GA run's configuration, its model and its rows."""
-    config = load_config(["method=lora_ga", "train.gradient.cache=false", *overrides])
+    config = _config(overrides)
     loaded = load_model(config.model)
     for parameter in loaded.model.parameters():
         parameter.sum()  # what is mapped from a file is read when it is first touched: it is not of the start
@@ -143,15 +147,13 @@ def peft(overrides: Sequence[str]) -> Measured:
     return measure(start)
 
 
-def kept_energy(overrides: Sequence[str], mode: str) -> Measured:
+def kept_energy(overrides: Sequence[str], way: Sequence[str]) -> Measured:
     """How much of the best rank-2r energy of the exact gradient the start's 2r directions hold, by layer."""
-    config, gradients = case([*overrides, "train.gradient.mode=exact"])
+    config, gradients = case(overrides)
     method = config.method
     assert isinstance(method, LoraGA)
     exact = gradients(4 * method.r)
-    gradients.config = load_config(
-        ["method=lora_ga", "train.gradient.cache=false", *overrides, f"train.gradient.mode={mode}"]
-    )
+    gradients.config = _config([*overrides, *way])
     return measure(
         lambda: gradients(4 * method.r),
         facts=lambda found: _shares(exact, found, 2 * method.r),

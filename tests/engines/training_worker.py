@@ -7,6 +7,8 @@ LoRA-Pro was handed, so that the test can replay its steps with a dense oracle.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -105,6 +107,24 @@ def spec(architecture: str, dropout: float) -> ModelSpec:
     )
 
 
+@contextmanager
+def handed_to_lora_pro() -> Iterator[list[list[tuple[float, torch.Tensor, torch.Tensor]]]]:
+    """Within, each step of LoRA-Pro adds its learning rate and every pair's two gradients."""
+    handed: list[list[tuple[float, torch.Tensor, torch.Tensor]]] = []
+    step = LoraProAdamW.step
+
+    def watched(self: LoraProAdamW, closure: Any = None) -> Any:
+        pairs = zip(self.param_groups[0]["params"][::2], self.param_groups[0]["params"][1::2], strict=True)
+        handed.append([(self.param_groups[0]["lr"], A.grad.clone(), B.grad.clone()) for A, B in pairs])
+        return step(self, closure)
+
+    LoraProAdamW.step = watched  # type: ignore[method-assign]
+    try:
+        yield handed
+    finally:
+        LoraProAdamW.step = step  # type: ignore[method-assign]
+
+
 def training(
     architecture: str,
     name: str,
@@ -132,16 +152,7 @@ def training(
         setup = Setup(target_modules=TARGETS[architecture], gradients=gradients, seed=0, total_steps=4 * epochs)
         prepared = method.prepare(model, setup)
         start = {p.name: (p.lora_A.detach().clone(), p.lora_B.detach().clone()) for p in adapter_pairs(prepared)}
-    handed: list[list[tuple[float, torch.Tensor, torch.Tensor]]] = []
-    step = LoraProAdamW.step
-
-    def watched(self: LoraProAdamW, closure: Any = None) -> Any:
-        pairs = zip(self.param_groups[0]["params"][::2], self.param_groups[0]["params"][1::2], strict=True)
-        handed.append([(self.param_groups[0]["lr"], A.grad.clone(), B.grad.clone()) for A, B in pairs])
-        return step(self, closure)
-
-    LoraProAdamW.step = watched  # type: ignore[method-assign]
-    try:
+    with handed_to_lora_pro() as handed:
         settings = replace(SETTINGS, autocast=autocast, num_train_epochs=epochs)
         result, moved = train(
             prepared,
@@ -154,8 +165,6 @@ def training(
             engine=engine,
             alignment=None if name in UNMEASURED else Alignment(prepared, TARGETS[architecture]),
         )
-    finally:
-        LoraProAdamW.step = step  # type: ignore[method-assign]
     return {
         "curve": result.loss_curve,
         "engine": result.engine,

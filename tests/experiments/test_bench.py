@@ -53,6 +53,27 @@ def test_sides_take_turns_and_medians_are_of_each(monkeypatch, capsys, tmp_path)
     assert f"{found['threads']} threads" in text
 
 
+def test_a_comparison_that_fails_stops_no_other(monkeypatch, tmp_path, caplog):
+    sides = {"ours": lambda: Measured(0, 0), "theirs": lambda: Measured(0, 0)}
+
+    def child(comparison, side):
+        if comparison == "broken":
+            raise RuntimeError("broken, ours: out of memory")
+        return {"seconds": 1.0, "extra_mb": 1.0}
+
+    monkeypatch.setattr(bench, "child", child)
+    monkeypatch.setattr(bench, "comparisons", lambda: {name: Comparison(name, sides, 1) for name in ("broken", "toy")})
+    assert bench.main([f"out={tmp_path}"]) == 1
+    assert "out of memory" in caplog.text
+    assert [path.name for path in tmp_path.glob("*.json")] == ["toy.json"]
+
+
+def test_every_headline_names_sides_that_are_there():
+    known = comparisons()
+    for name, rows in page.HEADLINES.items():
+        assert {side for row in rows for side in row} <= known[name].sides.keys()
+
+
 @pytest.mark.parametrize(
     ("arguments", "mentions"),
     [(["only=nothing"], "only=nothing is no comparison"), (["repeats=x"], "repeats=x"), (["more=1"], "'more=1'")],
@@ -118,7 +139,7 @@ def test_the_plain_start_and_pefts_gradients_are_ours():
 
 def test_starts_and_what_they_keep_can_be_measured():
     assert starts.peft(TINY).seconds > 0
-    found = starts.kept_energy(TINY, "incremental")
+    found = starts.kept_energy(TINY, ["train.gradient.mode=incremental"])
     assert 0.9 < found.facts["least_share"] <= found.facts["median_share"] <= 1 + 1e-6
     assert 0 <= found.facts["median_largest_angle"] < 90
 
