@@ -136,7 +136,7 @@ class _Truncated(Accumulator):
 
 @dataclass
 class Incremental(_Truncated):
-    """One pass: each micro-batch is merged into the running factors by power iterations on their sum.
+    """One pass: each micro-batch is merged into the running factors, from what they hold already, by power iterations.
 
     Products with D and X are computed in D's dtype, everything that is kept in float32.
     """
@@ -155,7 +155,16 @@ class Incremental(_Truncated):
             new = _transposed_product(X, D @ Q.to(D.dtype))  # (d_in, k)
             return new if old is None else new.addmm_(old.right.mT, old.left.mT @ Q)
 
-        self.kept[name] = _find(times, transposed, self._start(name), self.power_iterations)
+        self.kept[name] = _find(times, transposed, self._begun(name, old), self.power_iterations)
+
+    def _begun(self, name: str, old: LowRank | None) -> torch.Tensor:
+        """Where to begin a merge, (d_in, k): a kept row each, so that no iteration goes on finding them anew, and a
+        random one of half its size, so that what no batch had before is found too."""
+        start = self._start(name)
+        if old is None:
+            return start
+        sizes = old.right.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)  # (k,)
+        return start + old.right.mT * (2 * len(start) ** 0.5 / sizes)
 
     def end_pass(self) -> None:
         for name, shape in self.shapes.items():
@@ -163,7 +172,8 @@ class Incremental(_Truncated):
             empty = LowRank(*(torch.zeros(size, device=start.device) for size in _sizes(shape, start.shape[1])))
             mine = self.kept.get(name, empty)
             parts = [LowRank(*pair) for pair in zip(from_ranks(mine.left), from_ranks(mine.right), strict=True)]
-            self.kept[name] = _add_up(parts, start, self.power_iterations) if len(parts) > 1 else mine
+            # one iteration more than at a micro-batch: it begins from random directions alone, and once
+            self.kept[name] = _add_up(parts, start, self.power_iterations + 1) if len(parts) > 1 else mine
 
     def result(self) -> dict[str, Gradient]:
         return {name: self.kept[name] for name in self.shapes}
