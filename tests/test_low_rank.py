@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bitsandbytes as bnb
 import pytest
 import torch
 from hypothesis import given, settings
@@ -200,7 +199,7 @@ def test_of_a_model_they_are_the_exact_gradients_directions(
     assert all(torch.equal(again[name].dense(), found[name].dense()) for name in layers)
 
 
-def four_bits(layer):
+def four_bits(bnb, layer):
     """A frozen linear in nf4, and the weight (d_out, d_in) that it computes with."""
     made = bnb.nn.Linear4bit(layer.in_features, layer.out_features, bias=False, compute_dtype=torch.float32)
     made.weight = bnb.nn.Params4bit(layer.weight.data.clone(), requires_grad=False, quant_type="nf4")
@@ -208,7 +207,7 @@ def four_bits(layer):
     return made, bnb.functional.dequantize_4bit(made.weight.data, made.weight.quant_state)
 
 
-def eight_bits(layer):
+def eight_bits(bnb, layer):
     """The same in int8; its inputs are rounded to int8 as well."""
     made = bnb.nn.Linear8bitLt(layer.in_features, layer.out_features, bias=False, has_fp16_weights=False)
     made.weight = bnb.nn.Int8Params(layer.weight.data.clone(), requires_grad=False, has_fp16_weights=False)
@@ -219,11 +218,12 @@ def eight_bits(layer):
 
 @pytest.mark.parametrize("quantise", [four_bits, eight_bits])
 def test_quantised_linears_give_the_gradient_of_what_they_compute(quantise, tiny, targets, random_rows, collators):
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install -e '.[quantised]'")
     model, dense = tiny("causal"), tiny("causal")
     batches = [collators["causal"](random_rows(4, 0))]
     for name, layer in target_linears(model, targets["causal"]).items():
         parent, _, child = name.rpartition(".")
-        made, weight = quantise(layer)
+        made, weight = quantise(bnb, layer)
         setattr(model.get_submodule(parent), child, made)
         dense.get_submodule(name).weight.data.copy_(weight)
     quantised = {name: model.get_submodule(name) for name in target_linears(dense, targets["causal"])}

@@ -50,9 +50,8 @@ class _Adjuster:
 
     def __call__(self, grad_A: torch.Tensor, grad_B: torch.Tensor, choice: str) -> tuple[torch.Tensor, torch.Tensor]:
         inverse_AA, inverse_BB = self.inverse_AA / self.scaling**2, self.inverse_BB / self.scaling**2
-        own = (
-            self.inverse_BB @ (self.B.mT @ grad_B).to(self.dtype) @ inverse_AA
-        )  # of grad_B, in B's columns: (..., r, r)
+        # What of grad_B lies in B's columns: (..., r, r)
+        own = self.inverse_BB @ (self.B.mT @ grad_B).to(self.dtype) @ inverse_AA
         if choice == "sylvester":
             X = self.sylvester_X(grad_A)
         elif choice == "symmetric":
