@@ -145,21 +145,29 @@ def load_runs(folder: Path | str) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def capture_environment() -> dict[str, Any]:
-    """Versions, commit, dirty flag and hardware of this process."""
-    import torch
+def git_state(root: Path) -> dict[str, Any]:
+    """Commit of the checkout at `root`, None if there is none, and whether what it tracks was changed since.
 
-    root = Path(__file__).resolve().parents[1]
+    results/ does not count: nothing there decides a number, and what a run or the bench writes there would make the
+    next one look changed.
+    """
 
     def git(*arguments: str) -> str:
         answer = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
         return answer.stdout.strip()
 
+    changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results")
+    return {"git_commit": git("rev-parse", "HEAD") or None, "git_dirty": bool(changes)}
+
+
+def capture_environment() -> dict[str, Any]:
+    """Versions, commit, dirty flag and hardware of this process."""
+    import torch
+
     return {
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "git_commit": git("rev-parse", "HEAD") or None,
-        "git_dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        **git_state(Path(__file__).resolve().parents[1]),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "cpu_count": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
