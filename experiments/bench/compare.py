@@ -34,6 +34,11 @@ def _starts(model: list[str], *, peft: bool = True, parts: Sequence[str] = ()) -
     return sides
 
 
+def _limit(model: list[str]) -> dict[str, Callable[[], Measured]]:
+    given = [*model, *INCREMENTAL]
+    return {"incremental": partial(starts.ours, given), "its passes alone": partial(starts.passes_alone, given)}
+
+
 @dataclass(frozen=True)
 class Comparison:
     """`what` is measured; `repeats` how often by default; facts that the sides tell are shown under their names."""
@@ -154,6 +159,14 @@ def comparisons() -> dict[str, Comparison]:
                 [*starts.LLAMA_1B, *SMOLLM2, "train.gradient.batch_size=1", "train.gradient.batches=2"], peft=False
             ),
             1,
+        ),
+        "limit-smollm2": Comparison(
+            "LoRA-GA's start of SmolLM2-135M beside its forward and backward passes", _limit([*SMOLLM2, IN_PARTS]), 3
+        ),
+        "limit-t5-base": Comparison(
+            "LoRA-GA's start of T5-Base's shape beside its forward and backward passes",
+            _limit([*starts.T5_BASE, "task=movies"]),
+            3,
         ),
         "kept-word_problems": Comparison("energy kept of SmolLM2's gradient, word problems", _kept("word_problems"), 1),
         "kept-movies": Comparison("energy kept of SmolLM2's gradient, film reviews", _kept("movies"), 1),

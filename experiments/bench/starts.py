@@ -21,11 +21,14 @@ from experiments.config import RunConfig, load_config
 from experiments.rows import Encoded, Rows
 from experiments.stages import Gradients
 from lora_ga.adapters import TRAINED, adapter_pairs, attach_lora, set_factors, target_linears
-from lora_ga.low_rank import Gradient, LowRank
+from lora_ga.gradients import estimate_gradients
+from lora_ga.losses import mean_token_loss
+from lora_ga.low_rank import Accumulator, Gradient, LowRank
 from lora_ga.methods.base import Setup
 from lora_ga.methods.lora_ga import LoraGA
 from lora_ga.methods.svd import EXACT
 from lora_ga.models import Loaded, load_model
+from lora_ga.precast import precast
 
 # T5-Base's and a 1.1-billion-parameter Llama's shapes (TinyLlama's), with random weights and the local tokenizer.
 T5_BASE = [
@@ -76,6 +79,39 @@ def ours(overrides: Sequence[str]) -> Measured:
         full_precision=config.train.autocast is None,
     )
     return measure(lambda: config.method.prepare(gradients.loaded.model, setup))
+
+
+class _Nothing(Accumulator):
+    """Keeps nothing of a gradient."""
+
+    def add(self, name: str, D: torch.Tensor, X: torch.Tensor) -> None: ...
+
+    def end_pass(self) -> None: ...
+
+    def result(self) -> dict[str, Gradient]:
+        return {}
+
+
+def passes_alone(overrides: Sequence[str]) -> Measured:
+    """The forward and backward passes behind our start, whose limit they are: no gradient is kept, nothing started."""
+    config, gradients = case(overrides)
+    batches, shares = gradients.batches()
+    model, autocast = gradients.loaded.model, config.train.autocast_dtype
+    layers = target_linears(model, config.model.target_modules)
+
+    def work() -> None:
+        with precast(model, autocast):
+            estimate_gradients(
+                model,
+                batches,
+                layers,
+                lambda model, batch: mean_token_loss(model, batch, autocast),
+                seed=0,
+                shares=shares,
+                accumulator=_Nothing(),
+            )
+
+    return measure(work)
 
 
 def _whole_loss(model: nn.Module, batch: Batch, autocast: torch.dtype | None) -> torch.Tensor:
