@@ -70,35 +70,38 @@ def _at(tensor: torch.Tensor, first: int) -> ctypes.c_void_p:
 
 
 def through_moments(
-    left: torch.Tensor,
-    right: torch.Tensor,
-    exp_avg: torch.Tensor,
-    exp_avg_sq: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    g_A: torch.Tensor,
+    g_B: torch.Tensor,
+    scaling: float,
+    moments: tuple[torch.Tensor, torch.Tensor],
     betas: tuple[float, float],
     eps: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Adam's direction u of the gradient left @ right, as left_1^T u (n, r, d_in) and u right_2^T (n, d_out, r).
+    """Adam's direction u of the gradient s (B g_A + g_B A), as B^T u (n, r, d_in) and s u A^T (n, d_out, r).
 
     Args:
-        left: (n, d_out, 2r), float32, of which left_1 is the first r columns; right: (n, 2r, d_in), right_2 its last r
-            rows.
-        exp_avg, exp_avg_sq: (n, d_out, d_in), float32, `fits`; updated in place.
+        A, g_A: (n, r, d_in), B, g_B: (n, d_out, r), float32.
+        moments: exp_avg and exp_avg_sq (n, d_out, d_in), float32, `fits`; updated in place.
         eps: (n,), added to sqrt(exp_avg_sq) before dividing.
     Returns:
         None, with nothing done, where the machine has no compiled pass.
     """
-    n, d_out, d_in = exp_avg.shape
-    r = left.shape[2] // 2
+    n, d_out, d_in = moments[0].shape
+    r = A.shape[1]
     library = _library(r)
     if library is None:
         return None
-    left, right, eps = left.contiguous(), right.contiguous(), eps.contiguous()
-    grad_A, grad_B = torch.empty(n, r, d_in), torch.zeros(n, d_out, r)
+    left, right = [t.contiguous() for t in (B, g_B)], [t.contiguous() for t in (g_A, A)]
+    eps, grad_A, grad_B = eps.contiguous(), torch.empty(n, r, d_in), torch.zeros(n, d_out, r)
 
     def some(first: int, last: int) -> None:
         library.through_moments(
             *(ctypes.c_size_t(size) for size in (last - first, d_out, d_in)),
-            *(_at(tensor, first) for tensor in (left, right, exp_avg, exp_avg_sq)),
+            *(_at(tensor, first) for tensor in (*left, *right)),
+            ctypes.c_float(scaling),
+            *(_at(tensor, first) for tensor in moments),
             *(ctypes.c_float(beta) for beta in betas),
             *(_at(tensor, first) for tensor in (eps, grad_A, grad_B)),
         )

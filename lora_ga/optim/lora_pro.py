@@ -197,10 +197,9 @@ def _through_moments(
     first, second = corrections
     bias = second / first  # (n, 1, 1), of u: applied to the results, where it costs a factor and not a weight
     if fits(moments[0], A):
-        left, right = scaling * torch.cat([B, g_B], dim=-1), torch.cat([g_A, A], dim=-2)
-        found = through_moments(left, right, *moments, group["betas"], (group["eps"] * second).flatten())
+        found = through_moments(A, B, g_A, g_B, scaling, moments, group["betas"], (group["eps"] * second).flatten())
         if found is not None:
-            return found[0] * bias, found[1] * (scaling * bias)
+            return found[0].mul_(scaling * bias), found[1].mul_(bias)
     chunk = CHUNK_BYTES_CPU if A.device.type == "cpu" else CHUNK_BYTES
     layers = max(1, chunk // (A.element_size() * d_out * d_in))
     grad_A, grad_B = torch.empty_like(A), torch.empty_like(B)

@@ -1,6 +1,7 @@
-/* LoRA-Pro's full mode, between its two adjustments: the equivalent gradient g = left right of a layer, Adam's moments
-   of it, their direction u, and left^T u and u right^T, row by row while they are in the cache; g and u are never
-   stored. Compiled for RANK and the machine at hand by compiled.py. */
+/* LoRA-Pro's full mode, between its two adjustments: the equivalent gradient g = left right of a layer, where left is
+   [B g_B] and right is scaling [g_A; A], Adam's moments of it, their direction u, and B^T u and scaling u A^T, row by
+   row while they are in the cache; g and u are never stored. Compiled for RANK and the machine at hand by compiled.py.
+*/
 #include <math.h>
 #include <stddef.h>
 #include <string.h>
@@ -34,6 +35,8 @@ static void rows(size_t d_in, size_t width, in left, in right, out m, out v, flo
 #pragma GCC unroll 8
             for (int w = 0; w < WIDE; w++) {
                 const size_t at = i * d_in + j + w * LANES;
+                __builtin_prefetch(m + at + ROWS * d_in, 1); /* the next rows: no pattern tells the machine */
+                __builtin_prefetch(v + at + ROWS * d_in, 1);
                 const vec first = beta1 * LOAD(m + at) + (1 - beta1) * g[i][w];
                 STORE(m + at, first);
                 STORE(v + at, beta2 * LOAD(v + at) + (1 - beta2) * g[i][w] * g[i][w]);
@@ -69,24 +72,31 @@ static void rows(size_t d_in, size_t width, in left, in right, out m, out v, flo
     }
 }
 
-/* left (layers, d_out, 2 RANK), right (layers, 2 RANK, d_in), moments m, v (layers, d_out, d_in), eps (layers);
-   writes grad_A (layers, RANK, d_in) and adds to grad_B (layers, d_out, RANK). ROWS divides d_out, WIDE * LANES d_in. */
-void through_moments(size_t layers, size_t d_out, size_t d_in, in left, in right, out m, out v, float beta1,
-                     float beta2, in eps, out grad_A, out grad_B) {
-    float tile[2 * RANK * TILE] __attribute__((aligned(64))), sum[RANK * TILE] __attribute__((aligned(64)));
-    for (size_t n = 0; n < layers; n++) {
-        in L = left + n * d_out * 2 * RANK, R = right + n * 2 * RANK * d_in;
+/* B, g_B (layers, d_out, RANK), g_A, A (layers, RANK, d_in), moments m, v (layers, d_out, d_in), eps (layers); writes
+   B^T u to grad_A (layers, RANK, d_in) and adds scaling u A^T to grad_B (layers, d_out, RANK). ROWS divides d_out,
+   WIDE * LANES d_in. */
+void through_moments(size_t layers, size_t d_out, size_t d_in, in B, in g_B, in g_A, in A, float scaling, out m, out v,
+                     float beta1, float beta2, in eps, out grad_A, out grad_B) {
+    float right[2 * RANK * TILE] __attribute__((aligned(64))), sum[RANK * TILE] __attribute__((aligned(64)));
+    float left[ROWS * 2 * RANK];
+    for (size_t n = 0; n < layers; n++)
         for (size_t j = 0; j < d_in; j += TILE) {
             const size_t width = d_in - j < TILE ? d_in - j : TILE;
-            for (int k = 0; k < 2 * RANK; k++) memcpy(tile + k * TILE, R + k * d_in + j, width * sizeof(float));
+            for (size_t k = 0; k < RANK; k++)
+                for (size_t w = 0; w < width; w++) {
+                    right[k * TILE + w] = scaling * g_A[(n * RANK + k) * d_in + j + w];
+                    right[(RANK + k) * TILE + w] = scaling * A[(n * RANK + k) * d_in + j + w];
+                }
             memset(sum, 0, sizeof sum);
-            for (size_t i = 0; i < d_out; i += ROWS) {
-                const size_t at = (n * d_out + i) * d_in + j;
-                rows(d_in, width, L + i * 2 * RANK, tile, m + at, v + at, beta1, beta2, eps[n], sum,
-                     grad_B + (n * d_out + i) * RANK);
+            for (size_t row = n * d_out; row < (n + 1) * d_out; row += ROWS) {
+                for (size_t i = 0; i < ROWS; i++) {
+                    memcpy(left + i * 2 * RANK, B + (row + i) * RANK, RANK * sizeof(float));
+                    memcpy(left + (i * 2 + 1) * RANK, g_B + (row + i) * RANK, RANK * sizeof(float));
+                }
+                rows(d_in, width, left, right, m + row * d_in + j, v + row * d_in + j, beta1, beta2, eps[n], sum,
+                     grad_B + row * RANK);
             }
-            for (int k = 0; k < RANK; k++)
+            for (size_t k = 0; k < RANK; k++)
                 memcpy(grad_A + (n * RANK + k) * d_in + j, sum + k * TILE, width * sizeof(float));
         }
-    }
 }
