@@ -38,6 +38,7 @@ from experiments.settings import (
     Seeds,
     Task,
 )
+from lora_ga.compilation import check_compiler
 from lora_ga.engines import Engine, device
 from lora_ga.errors import SetupError
 from lora_ga.hardware import AUTO, choose, has_bf16
@@ -54,7 +55,7 @@ T = TypeVar("T")
 
 GROUPS = ("scale", "model", "task", "protocol", "scoring", "method", "train", "eval", "launcher", "logger", "seeds")
 # Keys that came after the first records, with what was the case before: at these values they are no part of an id.
-LATER = {"alignment_every": None}
+LATER = {"alignment_every": None, "compile": False}
 LATER_GRADIENT = {
     "rows_at_once": None,
     "mode": "exact",
@@ -198,7 +199,9 @@ def _protocol(raw: Mapping[str, Any], where: str) -> Protocol:
 
 
 def require_means(config: RunConfig) -> None:
-    """SetupError unless attention and the benchmarks' engine are installed and the programs they would run allowed."""
+    """SetupError unless compiler, attention and the benchmarks' engine are installed, and programs they run allowed."""
+    if config.train.compile:
+        check_compiler(device().type)
     if config.model.attn_implementation == "flash_attention_2" and not is_flash_attn_2_available():
         raise SetupError("model.attn_implementation=flash_attention_2 needs a GPU and pip install flash-attn: use sdpa")
     if config.benchmarks and config.eval.engine == "vllm":
@@ -214,6 +217,8 @@ def require_means(config: RunConfig) -> None:
 def check_engine(config: RunConfig, engine: Engine) -> None:
     """SetupError if the run cannot be what it is under this engine."""
     engine.check()
+    if config.train.compile and engine.kind != "none":
+        raise SetupError(f"train.compile=true runs on one process, not under launcher={engine.name}: set it to false")
     config.train.micro_batch(engine.nproc)
     config.method.check_engine(engine)
     # The engine takes the update for a gradient, which has the weights' precision there.

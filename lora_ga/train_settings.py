@@ -29,6 +29,7 @@ class TrainSettings:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     autocast: str | None = None
+    compile: bool = False
     length_bucketed: bool = True
     held_out_every: int | None = None
     held_out_rows: int = 32
@@ -55,6 +56,8 @@ class TrainSettings:
             raise SetupError(f"train.autocast={self.autocast} is not supported: use bfloat16, auto or null")
         if self.max_steps is not None and self.max_steps < 1:
             raise SetupError(f"train.max_steps={self.max_steps}: use a positive number, or null for whole epochs")
+        if self.compile and self.alignment_every:
+            raise SetupError("train.alignment_every watches layers that train.compile=true fuses: set one of them off")
         if self.alignment_every is not None and self.alignment_every < 1:
             raise SetupError(f"train.alignment_every={self.alignment_every}: use a number of steps, or null for never")
 

@@ -16,6 +16,7 @@ from transformers import PrinterCallback, TrainingArguments
 from lora_ga import checkpoints
 from lora_ga.adapters import adapter_pairs, has_offset, move_offset, offset_factors, trainable
 from lora_ga.alignment import Alignment
+from lora_ga.compilation import compiled_blocks
 from lora_ga.data.encoding import Collator, EncodedRows
 from lora_ga.engines import Engine, gather, whole, world_size
 from lora_ga.methods.adalora import ranks
@@ -148,7 +149,9 @@ def train(
     trainer.remove_callback(PrinterCallback)
     trainer.curve, trainer.tokens = done.get("curve", []), done.get("tokens", 0)
     trainer.began = time.perf_counter() - done.get("seconds", 0.0)
-    with precast(model, settings.autocast_dtype if engine.kind != "deepspeed" else None):
+    # What is compiled casts inside its graphs; DeepSpeed holds the weights itself.
+    copies = None if settings.compile or engine.kind == "deepspeed" else settings.autocast_dtype
+    with precast(model, copies), compiled_blocks(model, settings.compile):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.stopped:
         raise Stopped(f"stopped after step {trainer.state.global_step} of {steps}; the same command goes on from there")

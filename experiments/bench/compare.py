@@ -62,6 +62,7 @@ def _training(task: str) -> dict[str, Callable[[], Measured]]:
     given = [f"task={task}"]
     return {
         "ours": partial(loops.ours, given),
+        "ours, compiled": partial(loops.ours, [*given, "train.compile=true"]),
         "ours, float32": partial(loops.ours, [*given, FLOAT32]),
         "stock, fixed length, float32": partial(loops.stock, [*given, FLOAT32], fixed=True),
         "stock, dynamic, float32": partial(loops.stock, [*given, FLOAT32], fixed=False),

@@ -21,6 +21,7 @@ LOOPS = (
     ("ours", "stock, dynamic, float32"),
     ("ours, float32", "stock, dynamic, float32"),
     ("ours", "stock, dynamic, bf16"),
+    ("ours, compiled", "ours"),
 )
 HEADLINES: Mapping[str, Sequence[tuple[str, str]]] = {
     "start-smollm2": STARTS,
@@ -60,9 +61,25 @@ def rows(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     return header, body
 
 
+def curve(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines of a comparison whose sides are two ways, in turn, each at one setting after another."""
+    medians: Mapping[str, Mapping[str, float]] = found["medians"]
+    names = list(medians)
+    ways = [name.rpartition(" ")[0] for name in names[:2]]
+    header = ["", *(f"{way}, {unit}" for unit in ("seconds", "extra MB") for way in [*ways, "ratio"])]
+    body = []
+    for ours, other in zip(names[::2], names[1::2], strict=True):
+        cells = []
+        for key in ("seconds", "extra_mb"):
+            mine, its = medians[ours][key], medians[other][key]
+            cells += [_number(mine), _number(its), f"{its / mine:.2f}"]
+        body.append([ours.rpartition(" ")[2], *cells])
+    return header, body
+
+
 def lines(name: str, found: Mapping[str, Any]) -> list[str]:
     """One comparison's section."""
-    header, body = rows(found)
+    header, body = curve(found) if name.startswith("scaling-") else rows(found)
     repeats = f"median of {found['repeats']}" if found["repeats"] > 1 else "one measurement"
     table = [f"| {' | '.join(line)} |" for line in (header, ["---", *["---:"] * (len(header) - 1)], *body)]
     return [f"## {name}", "", f"{found['what']}; {repeats}.", "", *table, ""]
@@ -79,7 +96,7 @@ def summary(known: Mapping[str, Mapping[str, Any]]) -> list[str]:
     table.append("| :--- | :--- | :--- | ---: | ---: |")
     for name, sides in HEADLINES.items():
         medians = known[name]["medians"] if name in known else {}
-        for mine, side in sides if medians else ():
+        for mine, side in (pair for pair in sides if medians.keys() >= set(pair)):
             time = f"{_pace(medians[side]) / _pace(medians[mine]):.2f}"
             memory = f"{medians[side]['extra_mb'] / medians[mine]['extra_mb']:.2f}"
             table.append(f"| {known[name]['what']} | {mine} | {side} | {time} | {memory} |")

@@ -167,3 +167,22 @@ def test_loops_read_the_same_tokens_and_lose_about_the_same():
     for one in found:
         assert one.facts["tokens_per_second"] > 0
         assert one.facts["last_loss"] == pytest.approx(found[0].facts["last_loss"], abs=0.3)
+
+
+def test_every_curve_is_of_two_ways():
+    for name, comparison in comparisons().items():
+        if name.startswith("scaling-"):
+            sides = [side.rpartition(" ") for side in comparison.sides]
+            assert [at for _, _, at in sides[::2]] == [at for _, _, at in sides[1::2]], name
+            assert len({way for way, _, _ in sides[::2]}) == len({way for way, _, _ in sides[1::2]}) == 1, name
+
+
+def test_a_curve_sets_both_ways_side_by_side():
+    medians = {
+        f"{way} rank={r}": {"seconds": seconds * r, "extra_mb": 100.0 * r}
+        for r in (4, 16)
+        for way, seconds in (("ours", 1.0), ("a plain one", 3.0))
+    }
+    table = page.lines("scaling-rank", {"what": "w", "repeats": 1, "medians": medians})
+    assert "| rank=16 | 16 | 48 | 3.00 | 1600 | 1600 | 1.00 |" in table
+    assert [line for line in table if "a plain one, seconds" in line]

@@ -160,6 +160,8 @@ def refusal(overrides):
         (["train.gradient.rows_at_once=0"], "train.gradient.rows_at_once=0"),
         (["train.alignment_every=4", "method=dora"], "alignment_every"),
         (["train.alignment_every=4", "method=adalora"], "alignment_every"),
+        (["train.alignment_every=4", "train.compile=true"], "set one of them off"),
+        (["train.compile=true", "launcher=ddp", "launcher.nproc=2"], "under launcher=ddp"),
         (["train.global_batch_size=10", "train.per_device_train_batch_size=4"], "divisor"),
         (["train.autocast=float16"], "bfloat16"),
         (["model=t5_tiny", "model.dtype=float16"], "model.dtype=bfloat16"),
@@ -230,6 +232,7 @@ def test_the_command_line_ends_with_code_2_and_one_line(overrides, tmp_path):
         "train.autocast=null",
         "train.gradient.batches=2",
         "train.alignment_every=4",  # its record holds more
+        "train.compile=true",  # other rounding
         "train.gradient.mode=incremental",
         "train.gradient.rows_at_once=2",
         "model.dtype=bfloat16",
