@@ -45,7 +45,7 @@ from lora_ga.hardware import AUTO, choose, has_bf16
 from lora_ga.methods.base import Method
 from lora_ga.models import ModelSpec
 from lora_ga.optim.steps import Steps
-from lora_ga.records import content_hash
+from lora_ga.records import as_first, content_hash
 from lora_ga.training import TrainSettings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,16 +54,6 @@ T = TypeVar("T")
 
 
 GROUPS = ("scale", "model", "task", "protocol", "scoring", "method", "train", "eval", "launcher", "logger", "seeds")
-# Keys that came after the first records, with what was the case before: at these values they are no part of an id.
-LATER = {"alignment_every": None, "compile": False}
-LATER_GRADIENT = {
-    "rows_at_once": None,
-    "mode": "exact",
-    "device": "cpu",
-    "dtype": "float32",
-    "power_iterations": 1,
-    "passes": 2,
-}
 MEANS = ("batch_size", "generation_batch_size", "run_code", "code_workers")  # keys of eval that change no number
 
 
@@ -117,7 +107,7 @@ class RunConfig:
     def _trained_part(self) -> dict[str, Any]:
         raw = self.resolved
         part = {key: raw[key] for key in ("scale", "model", "method", "train")}
-        part["train"] = {**_but(raw["train"], LATER), "gradient": _but(raw["train"]["gradient"], LATER_GRADIENT)}
+        part["train"] = as_first(raw["train"])
         part["seeds"] = {key: raw["seeds"][key] for key in ("data", "adapter")}
         part["task"] = {key: raw["task"][key] for key in ("name", "source", "sizes", "max_length")}
         part["task"]["max_tokens"] = self.task.max_tokens
@@ -141,10 +131,6 @@ class RunConfig:
     @property
     def records_folder(self) -> Path:
         return self.records / f"{self.experiment_name}-{self.scale}"
-
-
-def _but(values: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if key not in usual or value != usual[key]}
 
 
 def build(kind: type[T], values: Mapping[str, Any], where: str) -> T:

@@ -43,7 +43,10 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 @contextmanager
 def compiled_blocks(model: nn.Module, wanted: bool) -> Iterator[None]:
     """Within, the blocks of `model` run compiled, if that is wanted; names, weights and hooks on the model stay."""
-    changed = blocks(model) if wanted else []
+    if not wanted:
+        yield
+        return
+    changed = blocks(model)
     with (
         torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS),
         # Else sizes that agree in the first batch, as 16 rows of 16 tokens, are one symbol, and the next compiles anew.
@@ -56,5 +59,4 @@ def compiled_blocks(model: nn.Module, wanted: bool) -> Iterator[None]:
         finally:
             for block in changed:
                 block._compiled_call_impl = None
-            if changed:
-                torch._dynamo.reset()
+            torch._dynamo.reset()

@@ -10,6 +10,7 @@ import logging
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,17 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "hydra-core", "numpy")
+
+# Keys of `train` that came after the first records, with what was the case before.
+LATER = {"alignment_every": None, "compile": False}
+LATER_GRADIENT = {
+    "rows_at_once": None,
+    "mode": "exact",
+    "device": "cpu",
+    "dtype": "float32",
+    "power_iterations": 1,
+    "passes": 2,
+}
 
 RUN_COLUMNS = (
     "experiment",
@@ -85,6 +97,19 @@ def content_hash(value: Any, length: int = 12) -> str:
     """Hex sha256 of a JSON-able value, independent of key order."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+def as_first(train: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration's `train` without the keys that the first records lack, where they say what was the case then.
+
+    So runs that are the same have the same hash, whenever they were recorded.
+    """
+
+    def but(values: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in values.items() if key not in usual or value != usual[key]}
+
+    gradient = {"gradient": but(train["gradient"], LATER_GRADIENT)} if "gradient" in train else {}
+    return {**but(train, LATER), **gradient}
 
 
 def write_atomic(path: Path, text: str) -> Path:

@@ -36,7 +36,11 @@ def _starts(model: list[str], *, peft: bool = True, parts: Sequence[str] = ()) -
 
 def _limit(model: list[str]) -> dict[str, Callable[[], Measured]]:
     given = [*model, *INCREMENTAL]
-    return {"incremental": partial(starts.ours, given), "its passes alone": partial(starts.passes_alone, given)}
+    return {
+        "incremental": partial(starts.ours, given),
+        "its passes alone": partial(starts.passes_alone, given),
+        "their matrix products alone": partial(starts.multiplications, given),
+    }
 
 
 @dataclass(frozen=True)

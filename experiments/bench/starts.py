@@ -8,6 +8,7 @@ target layers' up on the CPU and drop all, then torch.svd_lowrank (q = 4r, 4 ite
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -81,10 +82,14 @@ def ours(overrides: Sequence[str]) -> Measured:
     return measure(lambda: config.method.prepare(gradients.loaded.model, setup))
 
 
-class _Nothing(Accumulator):
-    """Keeps nothing of a gradient."""
+class _Sizes(Accumulator):
+    """Keeps of each product D^T X no more than its size: (tokens, d_out, d_in), in the order they come."""
 
-    def add(self, name: str, D: torch.Tensor, X: torch.Tensor) -> None: ...
+    def __init__(self) -> None:
+        self.sizes: list[tuple[int, int, int]] = []
+
+    def add(self, name: str, D: torch.Tensor, X: torch.Tensor) -> None:
+        self.sizes.append((len(X), *self.shapes[name]))
 
     def end_pass(self) -> None: ...
 
@@ -92,24 +97,45 @@ class _Nothing(Accumulator):
         return {}
 
 
+def _passes(config: RunConfig, gradients: Gradients, layers: Mapping[str, nn.Linear]) -> list[tuple[int, int, int]]:
+    batches, shares = gradients.batches()
+    model, autocast, found = gradients.loaded.model, config.train.autocast_dtype, _Sizes()
+    with precast(model, autocast):
+        estimate_gradients(
+            model,
+            batches,
+            layers,
+            lambda model, batch: mean_token_loss(model, batch, autocast),
+            seed=0,
+            shares=shares,
+            accumulator=found,
+        )
+    return found.sizes
+
+
 def passes_alone(overrides: Sequence[str]) -> Measured:
     """The forward and backward passes behind our start, whose limit they are: no gradient is kept, nothing started."""
     config, gradients = case(overrides)
-    batches, shares = gradients.batches()
-    model, autocast = gradients.loaded.model, config.train.autocast_dtype
-    layers = target_linears(model, config.model.target_modules)
+    layers = target_linears(gradients.loaded.model, config.model.target_modules)
+    return measure(lambda: _passes(config, gradients, layers))
+
+
+def multiplications(overrides: Sequence[str]) -> Measured:
+    """The matrix products of those passes and nothing else: every linear's forward and back to its input."""
+    config, gradients = case(overrides)
+    linears = {n: m for n, m in gradients.loaded.model.named_modules() if isinstance(m, nn.Linear)}
+    sizes = _passes(config, gradients, linears)
+
+    @cache
+    def some(rows: int, columns: int) -> torch.Tensor:
+        return torch.randn(rows, columns, dtype=config.train.autocast_dtype or torch.float32)
+
+    operands = [(some(T, d_in), some(d_out, d_in), some(T, d_out)) for T, d_out, d_in in sizes]
 
     def work() -> None:
-        with precast(model, autocast):
-            estimate_gradients(
-                model,
-                batches,
-                layers,
-                lambda model, batch: mean_token_loss(model, batch, autocast),
-                seed=0,
-                shares=shares,
-                accumulator=_Nothing(),
-            )
+        for X, W, D in operands:
+            X @ W.mT
+            D @ W
 
     return measure(work)
 

@@ -13,7 +13,7 @@ from functools import cached_property
 from experiments.report.columns import GRADE, PERCENT, Column
 from experiments.report.loading import Entry, Plan
 from experiments.report.statistics import Summary, at_random_level, summarise
-from lora_ga.records import content_hash
+from lora_ga.records import as_first, content_hash
 
 METHODS = (
     "full_ft",
@@ -52,7 +52,7 @@ def rank(entry: Entry) -> int | None:
 
 def settings_hash(entry: Entry) -> str:
     """What a run was besides method, task, learning rate and seed; the same on every machine."""
-    config = entry.record.config
+    config = {**entry.record.config, "train": as_first(entry.record.config.get("train") or {})}
     left_out = {"model": {"source"}, "train": {"learning_rate", "alignment_every"}, "eval": {"batch_size"}}
     parts = {
         name: {key: value for key, value in (config.get(name) or {}).items() if key not in left_out.get(name, set())}

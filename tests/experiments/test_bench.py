@@ -140,6 +140,7 @@ def test_the_plain_start_and_pefts_gradients_are_ours():
 def test_starts_and_what_they_keep_can_be_measured():
     assert starts.peft(TINY).seconds > 0
     assert starts.passes_alone(TINY).seconds > 0
+    assert starts.multiplications(TINY).seconds > 0
     found = starts.kept_energy(TINY, ["train.gradient.mode=incremental"])
     assert 0.9 < found.facts["least_share"] <= found.facts["median_share"] <= 1 + 1e-6
     assert 0 <= found.facts["median_largest_angle"] < 90

@@ -12,10 +12,10 @@ import sys
 
 import pytest
 
-from experiments.config import CONF, LATER, LATER_GRADIENT, ROOT, compose_config, load_config, parse, resolve
+from experiments.config import CONF, ROOT, compose_config, load_config, parse, resolve
 from experiments.run import run
 from lora_ga.errors import SetupError
-from lora_ga.records import content_hash
+from lora_ga.records import LATER, LATER_GRADIENT, content_hash
 
 TINY = ["model=llama_tiny", "task=movies"]
 GROUPS = {

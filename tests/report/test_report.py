@@ -115,6 +115,15 @@ def test_other_settings_of_one_cell_are_kept_apart(bench, record) -> None:
     assert "| lora | ours" not in page
 
 
+def test_keys_that_came_later_do_not_part_a_row(bench, record) -> None:
+    first = record("movies", "lora", 0, 0.80)
+    later = {**first.config, "train": {**first.config.get("train", {}), "compile": False, "alignment_every": None}}
+    bench.add(first, record("movies", "lora", 1, 0.90, config=later))
+    assert cells(bench.page(), "lora")[0] == "85.00 ± 7.07 (n=2)"
+    bench.add(record("movies", "lora", 2, 0.90, config={**later, "train": {**later["train"], "compile": True}}))
+    assert bench.page().count("| lora (settings ") >= 2
+
+
 def test_a_seed_twice_with_the_same_settings_shows_no_number(bench, record) -> None:
     bench.add(record("movies", "lora", 0, 0.80), record("movies", "lora", 0, 0.70, run_id="again"))
     page = bench.page()
