@@ -89,7 +89,7 @@ plan: assets ## the runs of EXPERIMENT (glue) and what they take in memory, noth
 wandb-sync: setup ## upload the W&B runs that were made offline (logger=wandb); those uploaded before are skipped
 	@$(PY) -m experiments.wandb_sync
 
-bench: assets ## speed and memory beside other implementations, side by side on this machine (about an hour); ONLY=start-smollm2,...
+bench: assets ## speed and memory beside other implementations, side by side on this machine (an hour and a half); ONLY=start-smollm2,...
 	@$(PY) -m experiments.bench $(if $(ONLY),only=$(ONLY))
 
 lint: setup ## style and types

@@ -106,6 +106,16 @@ def _resumed_from(resume: Resume, model: nn.Module) -> Path | None:
     return checkpoint
 
 
+def _result(trainer: MethodTrainer) -> TrainResult:
+    tensors = (v for s in trainer.moving().state.values() for v in s.values() if isinstance(v, torch.Tensor))
+    return TrainResult(
+        engine=trainer.found,
+        loss_curve=trainer.curve,
+        seconds=time.perf_counter() - trainer.began,
+        optimizer_state_mb=sum(t.numel() * t.element_size() for t in tensors) / 2**20,
+    )
+
+
 def train(
     model: nn.Module,
     rows: EncodedRows,
@@ -155,14 +165,7 @@ def train(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.stopped:
         raise Stopped(f"stopped after step {trainer.state.global_step} of {steps}; the same command goes on from there")
-    optimizer = trainer.moving()
-    tensors = (v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor))
-    result = TrainResult(
-        engine=trainer.found,
-        loss_curve=trainer.curve,
-        seconds=time.perf_counter() - trainer.began,
-        optimizer_state_mb=sum(t.numel() * t.element_size() for t in tensors) / 2**20,
-    )
+    result = _result(trainer)
     gather(model, trainer.model_wrapped)
     result.trainable_parameters = sum(p.numel() for p in trainable(model).values())
     # One step in all is the first of the warm-up, whose rate is zero.
